@@ -1,0 +1,1 @@
+"""alpenglow: calibrated posterior sampling for imaging inverse problems."""

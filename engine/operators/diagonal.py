@@ -1,0 +1,73 @@
+"""Operators whose A^T A is diagonal in a basis that a fast transform reaches."""
+
+import abc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from alpenglow.operators.base import LinearOperator, Normal, per_image
+
+
+class DiagonalOperator(LinearOperator):
+    """A^T A = U^H diag(m) U with an orthonormal U: P and P^(1/2) in closed form, at one U and one U^H each.
+
+    A subclass gives the eigenvalues m, the data term U A^T y and the transform. The pixel basis, U = I, is
+    the default. Coefficients may be real or complex; m is real, and such that diag(m) keeps images real.
+    """
+
+    @abc.abstractmethod
+    def eigenvalues(self, image: Tensor) -> Tensor:
+        """m for images like `image` [B, C, H, W], broadcastable to the coefficients; real or bool."""
+
+    @abc.abstractmethod
+    def adjoint_coefficients(self, y: Tensor) -> Tensor:
+        """U A^T y, computed without a round trip through the image, so that it is 0 where m is."""
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """U x, up to a constant factor that `from_basis` takes back."""
+        return x
+
+    def from_basis(self, coefficients: Tensor, image_shape: tuple[int, ...]) -> Tensor:
+        """U^H coefficients as images [B, C, H, W]; image_shape: (C, H, W)."""
+        return coefficients
+
+    def normal(self, x: Tensor) -> Tensor:
+        """A^T A x for images [B, C, H, W]."""
+        return self._filter(x, lambda m: m.to(x.dtype))
+
+    def solve(self, b: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
+        """P b; see LinearOperator.solve."""
+        level = per_image(sigma, b).square()
+        return self._filter(b, lambda m: level * (noise_std**2 / (m * level + noise_std**2)))
+
+    def conditional_mean(self, y: Tensor, prior_mean: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
+        """P (A^T y / noise_std^2 + prior_mean / sigma^2); see LinearOperator.conditional_mean."""
+        # In the basis both gains are bounded and positive, and an error e in y moves the mean by at most
+        # e sigma / (2 noise_std): rounding acts like noise far below noise_std.
+        level = per_image(sigma, prior_mean).square()
+        precision = self.eigenvalues(prior_mean) * level + noise_std**2
+        data = scale(self.adjoint_coefficients(y), level / precision)
+        prior = scale(self.to_basis(prior_mean), noise_std**2 / precision)
+        return self.from_basis(data + prior, tuple(prior_mean.shape[1:]))
+
+    def draw(
+        self, normal: Normal, image_shape: tuple[int, int, int], sigma: Tensor, noise_std: float
+    ) -> Tensor:
+        """P^(1/2) n, an exact sample of N(0, P), [B, C, H, W]; calls normal(image_shape) once for n."""
+        noise = normal(tuple(image_shape))
+        level = per_image(sigma, noise).square()
+        return self._filter(noise, lambda m: (level * (noise_std**2 / (m * level + noise_std**2))).sqrt())
+
+    def _filter(self, x: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """U^H diag(gain(m)) U x."""
+        coefficients = scale(self.to_basis(x), gain(self.eigenvalues(x)))
+        return self.from_basis(coefficients, tuple(x.shape[1:]))
+
+
+def scale(coefficients: Tensor, gain: Tensor) -> Tensor:
+    """Coefficients (real or complex) times a real gain."""
+    if not coefficients.is_complex():
+        return coefficients * gain
+    # torch would first widen the gain to complex, and do four times the multiplications.
+    return torch.view_as_complex(torch.view_as_real(coefficients) * gain[..., None])
