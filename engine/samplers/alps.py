@@ -1,0 +1,65 @@
+"""ALPS as published (arXiv 2601.02594), step by step, faults included (DESIGN 2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpenglow.samplers.problem import Noise, Problem, levels_of
+
+
+@dataclass(frozen=True)
+class AlpsOptions:
+    """The published settings: `levels` noise levels of `steps` steps from sigma_max to sigma_min."""
+
+    levels: int = 50
+    steps: int = 5
+    sigma_max: float = 100.0
+    sigma_min: float = 0.1
+    rho: float = 5.0
+
+    @property
+    def nfe(self) -> int:
+        """Energy-gradient evaluations a sample."""
+        return self.levels * self.steps
+
+
+def schedule(options: AlpsOptions) -> list[float]:
+    """(sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i = 0 .. N - 1."""
+    high, low = options.sigma_max ** (1 / options.rho), options.sigma_min ** (1 / options.rho)
+    count = options.levels
+    return [(high + i / max(1, count - 1) * (low - high)) ** options.rho for i in range(count)]
+
+
+def step(problem: Problem, x: Tensor, sigma: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x' = P (A^T y / eta^2 + D(x) / sigma^2) + P^(1/2) n; returns x' and the energy E(x, sigma) [B].
+
+    x [B, C, H, W], sigma [B]; noise: a sample of N(0, P), or None at the last step of a level. B NFE.
+    """
+    energy, grad = problem.energy_and_grad(x, sigma)
+    mean = problem.conditional_mean(x - grad, sigma)
+    return (mean if noise is None else mean + noise), energy
+
+
+def sample(
+    problem: Problem, noise: Noise, options: AlpsOptions, progress: Callable[[int], None] = lambda nfe: None
+) -> tuple[Tensor, Tensor]:
+    """Final samples [N, C, H, W] of the chains noise.chain_ids [N], and their last energies [N].
+
+    Chains start at sigma_max times standard normals. `progress` gets the NFE of each step, all chains
+    together.
+    """
+    count = len(noise.chain_ids)
+    x = options.sigma_max * noise.at(0, problem.dtype)(problem.image_shape)
+    energy = torch.zeros(count, dtype=x.dtype, device=x.device)
+    iteration = 0
+    for level in schedule(options):
+        sigma = levels_of(level, count, x)
+        for inner in range(options.steps):
+            iteration += 1
+            last = inner == options.steps - 1
+            drawn = None if last else problem.draw(noise.at(iteration, problem.dtype), sigma)
+            x, energy = step(problem, x, sigma, drawn)
+            progress(count)
+    return x, energy

@@ -1,0 +1,86 @@
+"""What every sampler works on: a prior, an operator, one measurement, and the noise of each chain."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpenglow.kernels.philox import standard_normals
+from alpenglow.operators.base import LinearOperator, Normal
+from alpenglow.priors.protocol import Prior
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One posterior p(x | y), y = A x + n with n ~ N(0, noise_std^2) (DESIGN 1).
+
+    y: [1, *measurement_shape]; every tensor of a sampler lives on its device, in `dtype`.
+    """
+
+    prior: Prior
+    operator: LinearOperator
+    y: Tensor
+    noise_std: float
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.prior.image_shape
+
+    def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """E [B] and G [B, C, H, W] of the prior at x [B, C, H, W], sigma [B]; B NFE."""
+        return self.prior.energy_and_grad(x, sigma)
+
+    def conditional_mean(self, denoised: Tensor, sigma: Tensor) -> Tensor:
+        """mu = P (A^T y / eta^2 + D / sigma^2) [B, C, H, W] for denoised images D (DESIGN 1)."""
+        return self.operator.conditional_mean(self.y, denoised, sigma, self.noise_std)
+
+    def draw(self, normal: Normal, sigma: Tensor) -> Tensor:
+        """A sample of N(0, P(sigma)) for each sigma [B]: [B, C, H, W]."""
+        return self.operator.draw(normal, self.image_shape, sigma, self.noise_std)
+
+    def misfit(self, x: Tensor) -> Tensor:
+        """-log p(y | x) up to a constant, ||y - A x||^2 / (2 eta^2), float64 [B]."""
+        residual = self.y - self.operator.forward(x)
+        if residual.is_complex():
+            residual = torch.view_as_real(residual.resolve_conj())
+        return residual.double().square().flatten(1).sum(1) / (2 * self.noise_std**2)
+
+    def misfit_grad(self, x: Tensor) -> Tensor:
+        """Gradient of the misfit, A^T (A x - y) / eta^2 [B, C, H, W]."""
+        return self.operator.adjoint(self.operator.forward(x) - self.y) / self.noise_std**2
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Counter-based normals: a chain's stream depends on (seed, chain id, iteration, draw) alone.
+
+    chain_ids: [B] int64 in [0, 2^32).
+    """
+
+    seed: int
+    chain_ids: Tensor
+
+    def at(self, iteration: int, dtype: torch.dtype = torch.float32, *, draw: int = 0) -> Normal:
+        """normal(shape) -> [B, *shape] for one draw of one iteration; each call takes the next stream."""
+        streams = iter(range(16 * draw, 16 * (draw + 1)))
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            stream = next(streams)
+            values = standard_normals(self.seed, self.chain_ids, shape, iteration=iteration, stream=stream)
+            return values.to(dtype)
+
+        return normal
+
+
+def levels_of(sigma: float, count: int, like: Tensor) -> Tensor:
+    """`sigma` for each of `count` chains, [count], in the dtype and on the device of `like`."""
+    return torch.full((count,), sigma, dtype=like.dtype, device=like.device)
+
+
+def geometric_levels(high: float, low: float, count: int) -> list[float]:
+    """`count` levels from `high` down to `low`, equally spaced in log sigma."""
+    ratio = math.log(low / high) / max(1, count - 1)
+    return [high * math.exp(ratio * i) for i in range(count)]
