@@ -1,0 +1,228 @@
+"""The default method: annealed kinetic Langevin, one step a level, from a level that a pilot run finds.
+
+Where the population parts into modes, particle weights keep their masses right (mode_weights.py).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alpenglow.kernels.philox import uniforms
+from alpenglow.samplers import kinetic, mode_weights
+from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
+
+PILOT_CHAINS = 32
+PILOT_STEPS = 40
+_PILOT_IDS = 2**31  # far from the ids of any request, so that the pilot's noise is its own
+_RESAMPLING_STREAM = 2**20
+
+
+@dataclass(frozen=True)
+class CalibratedOptions:
+    """nfe: gradients a sample along the path; where there are several modes, weights add up to as many.
+
+    weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
+    0.01). step_size: h; memory_limit: the largest share of momentum kept in a step (0: Leimkuhler-Matthews).
+    """
+
+    nfe: int = 100
+    weigh: bool = True
+    sigma_min: float = 0.01
+    sigma_range: tuple[float, float] = (1.0, 20.0)
+    """Where the first level may lie."""
+    step_size: float = 1.5
+    memory_limit: float = kinetic.LARGEST_MEMORY
+
+
+@dataclass(frozen=True)
+class Path:
+    """Chains at the end of their levels.
+
+    x [N, C, H, W]; energy [N] at the last level; ancestors [N]: founding chain of each; evaluations: NFE of
+    all chains together; diverged [N] bool.
+    """
+
+    x: Tensor
+    energy: Tensor
+    ancestors: Tensor
+    evaluations: int
+    diverged: Tensor
+    weights: mode_weights.ModeWeights
+    resamplings: int = 0
+
+
+@dataclass(frozen=True)
+class CalibratedResult:
+    """Samples [N, C, H, W], last energies [N], founding chains [N], NFE a sample, and what happened."""
+
+    samples: Tensor
+    energy: Tensor
+    ancestors: Tensor
+    nfe: float
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+def anneal(
+    problem: Problem,
+    noise: Noise,
+    levels: list[float],
+    *,
+    step_size: float,
+    memory: Callable[[float], float],
+    weigh: bool,
+    progress: Callable[[int], None] = lambda nfe: None,
+) -> Path:
+    """Run the chains of `noise` through `levels`, high to low, one kinetic step each; remove the last noise."""
+    count = len(noise.chain_ids)
+    state = kinetic.init(problem, noise, levels[0])
+    weights = mode_weights.init(count)
+    ancestors = torch.arange(count, device=state.x.device)
+    evaluations = resamplings = 0
+    earlier = previous = levels[0]
+    for sigma in levels:
+        energy, grad = problem.energy_and_grad(state.x, levels_of(sigma, count, state.x))
+        evaluations += count
+        progress(count)
+        if weigh and sigma < previous:
+            weights = mode_weights.look(weights, state.x - grad, sigma)
+            if weights.modes > 1:
+                before = problem.energy_and_grad(state.x, levels_of(earlier, count, state.x))
+                evaluations += count
+                weights = mode_weights.reweigh(
+                    problem, weights, state.x, (earlier, sigma), before, (energy, grad)
+                )
+                if mode_weights.effective_sample_size(weights) < count / 2:
+                    state, grad, ancestors, weights = _resample(noise, state, grad, ancestors, weights)
+                    resamplings += 1
+        state = kinetic.step(
+            problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma)
+        )
+        earlier, previous = previous, sigma
+    if weigh and mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
+        state, _, ancestors, weights = _resample(noise, state, state.x, ancestors, weights)
+        resamplings += 1
+    energy, grad = problem.energy_and_grad(state.x, state.sigma)
+    progress(count)
+    state = kinetic.finish(problem, state, grad)
+    return Path(state.x, energy, ancestors, evaluations + count, state.diverged, weights, resamplings)
+
+
+def _resample(
+    noise: Noise,
+    state: kinetic.KineticState,
+    grad: Tensor,
+    ancestors: Tensor,
+    weights: mode_weights.ModeWeights,
+) -> tuple[kinetic.KineticState, Tensor, Tensor, mode_weights.ModeWeights]:
+    # A particle keeps its slot's noise: copies part at their next step.
+    uniform = uniforms(
+        noise.seed, noise.chain_ids[:1], iteration=state.iteration, stream=_RESAMPLING_STREAM
+    ).item()
+    parents, weights = mode_weights.resample(weights, uniform)
+    parents = parents.to(state.x.device)
+    state = replace(
+        state,
+        x=state.x[parents],
+        u=state.u[parents],
+        diverged=state.diverged[parents],
+        limit=state.limit[parents],
+    )
+    return state, grad[parents], ancestors[parents], weights
+
+
+def top_std(samples: Tensor) -> float:
+    """Standard deviation of samples [N, C, H, W] along their first principal component."""
+    images = samples.double().flatten(1)
+    centred = images - images.mean(0)
+    # The Gram matrix of the few chains has the eigenvalues of the covariance of the many pixels.
+    largest = torch.linalg.eigvalsh(centred @ centred.T)[-1].item()
+    return math.sqrt(max(largest, 0.0) / max(1, len(samples) - 1))
+
+
+def pilot(problem: Problem, seed: int, options: CalibratedOptions, device: torch.device) -> Path:
+    """A few chains over the whole range of levels, to find the spread of the posterior."""
+    ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=device)
+    levels = geometric_levels(options.sigma_range[1], options.sigma_min, PILOT_STEPS - 1)
+    kept = min(0.5, options.memory_limit)
+    return anneal(
+        problem, Noise(seed, ids), levels, step_size=options.step_size, memory=lambda sigma: kept, weigh=False
+    )
+
+
+def sample(
+    problem: Problem, noise: Noise, options: CalibratedOptions, progress: Callable[[int], None] = lambda nfe: None
+) -> CalibratedResult:
+    """One sample for each chain of `noise` (DESIGN 2, the measured recipe).
+
+    Chains that diverge are run again without momentum. Raises RuntimeError when chains diverge even so.
+    """
+    device = noise.chain_ids.device
+    scout = pilot(problem, noise.seed, options, device)
+    settled = scout.x[~scout.diverged]
+    if len(settled) < 2:
+        if options.memory_limit:
+            return sample(problem, noise, replace(options, memory_limit=0.0), progress)
+        raise RuntimeError(_DIVERGED.format(count=int(scout.diverged.sum()), total=len(scout.x), ids="pilot"))
+    spread = top_std(settled)
+    sigma_max = min(max(2 * spread, options.sigma_range[0]), options.sigma_range[1])
+    levels = geometric_levels(sigma_max, options.sigma_min, options.nfe - 1)
+
+    def memory(sigma: float) -> float:
+        return min(options.memory_limit, kinetic.memory(options.step_size, sigma, spread))
+
+    path = anneal(
+        problem, noise, levels,
+        step_size=options.step_size, memory=memory, weigh=options.weigh, progress=progress,
+    )  # fmt: skip
+    evaluations = scout.evaluations + path.evaluations
+    broken = path.diverged
+    if broken.any():
+        # A population with weights is one unit; independent chains are repeated alone, so that the others
+        # stay what they are.
+        again = torch.ones_like(broken) if path.resamplings else broken
+        ids = noise.chain_ids[again]
+        repeated = anneal(
+            problem, Noise(noise.seed, ids), levels,
+            step_size=options.step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
+        )  # fmt: skip
+        evaluations += repeated.evaluations
+        if repeated.diverged.any():
+            lost = ids[repeated.diverged].tolist()
+            raise RuntimeError(_DIVERGED.format(count=len(lost), total=len(noise.chain_ids), ids=lost[:5]))
+        path = _merge(path, repeated, again)
+    return CalibratedResult(
+        path.x, path.energy, path.ancestors, evaluations / len(path.x), _diagnose(path, spread, sigma_max, broken)
+    )
+
+
+_DIVERGED = (
+    "{count} of {total} chains diverged (chains {ids}), also without momentum: the prior's gradient is not "
+    "that of an energy near these images, or noise_std and the measurement do not belong together; check the "
+    "prior's units and noise_std"
+)
+
+
+def _merge(path: Path, repeated: Path, again: Tensor) -> Path:
+    if bool(again.all()):
+        return repeated
+    x, energy = path.x.clone(), path.energy.clone()
+    x[again], energy[again] = repeated.x, repeated.energy
+    return replace(path, x=x, energy=energy)
+
+
+def _diagnose(path: Path, spread: float, sigma_max: float, broken: Tensor) -> dict[str, Any]:
+    """What the run says of itself; see `Posterior.diagnostics`."""
+    sizes = torch.bincount(path.weights.labels).tolist() if path.weights.modes > 1 else [len(path.x)]
+    return {
+        "top_std": spread,
+        "sigma_max": sigma_max,
+        "modes": path.weights.modes,
+        "mode_shares": [size / len(path.x) for size in sorted(sizes, reverse=True)],
+        "mode_log_weight_error": math.sqrt(path.weights.variance.mean().item()),
+        "resamplings": path.resamplings,
+        "diverged": int(broken.sum()),
+    }
