@@ -59,5 +59,7 @@ def stack(experts: Sequence[Prior]) -> Prior:
     if not experts:
         raise ValueError("stack needs at least one prior, got none")
     if len({tuple(prior.image_shape[1:]) for prior in experts}) > 1:
-        raise ValueError(f"stacked priors must share height and width, got {[p.image_shape for p in experts]}")
+        raise ValueError(
+            f"stacked priors must share height and width, got {[p.image_shape for p in experts]}"
+        )
     return _Stack(experts)

@@ -44,7 +44,8 @@ class GaussianMixturePrior:
         covariances = _float64(covariances, "covariances")
         if means.ndim != 4 or weights.shape != means.shape[:1]:
             raise ValueError(
-                f"got weights {tuple(weights.shape)} and means {tuple(means.shape)}; expected [K] and [K, C, H, W]"
+                f"got weights {tuple(weights.shape)} and means {tuple(means.shape)}; expected [K] and "
+                "[K, C, H, W]"
             )
         n = means[0].numel()
         if covariances.shape != (len(means), n, n):
@@ -53,14 +54,16 @@ class GaussianMixturePrior:
                 f"{tuple(means.shape[1:])}"
             )
         if not (weights > 0).all():
-            raise ValueError(f"weights must be positive, got {weights.tolist()}; leave out components of weight 0")
+            raise ValueError(
+                f"weights must be positive, got {weights.tolist()}; leave out components of weight 0"
+            )
         scale = covariances.abs().amax((1, 2), keepdim=True)
         if not ((covariances - covariances.mT).abs() <= 1e-8 * scale).all():
             raise ValueError("a covariance is not symmetric; pass (C + C.T) / 2")
         variances, axes = torch.linalg.eigh((covariances + covariances.mT) / 2)
         if not (variances >= -1e-8 * scale[:, :, 0]).all():
             raise ValueError(f"a covariance has the negative eigenvalue {variances.min().item():.3g}")
-        self.image_shape: tuple[int, int, int] = tuple(means.shape[1:])  # type: ignore[assignment]
+        self.image_shape: tuple[int, int, int] = tuple(means.shape[1:])
         self.weights = weights / weights.sum()
         self.means = means
         self.covariances = covariances
@@ -69,7 +72,9 @@ class GaussianMixturePrior:
 
     def to(self, device: torch.device | str) -> "GaussianMixturePrior":
         """This prior on another device."""
-        return GaussianMixturePrior(self.weights.to(device), self.means.to(device), self.covariances.to(device))
+        return GaussianMixturePrior(
+            self.weights.to(device), self.means.to(device), self.covariances.to(device)
+        )
 
     def _components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log(w_k N(x; m_k, C_k + sigma^2)) [K, B] and its negated gradients [K, B, n]."""
@@ -106,7 +111,9 @@ class GaussianMixturePrior:
     def covariance(self) -> Tensor:
         """Covariance of the whole mixture [n, n]."""
         centred = self.means.flatten(1) - self.mean.flatten()
-        return torch.einsum("k,kij->ij", self.weights, self.covariances + centred[:, :, None] * centred[:, None])
+        return torch.einsum(
+            "k,kij->ij", self.weights, self.covariances + centred[:, :, None] * centred[:, None]
+        )
 
     @property
     def std(self) -> Tensor:
@@ -139,7 +146,9 @@ class GaussianMixturePrior:
         data = flatten_measurement(y)[0]
         log_weights, means, covariances = [], [], []
         eye = torch.eye(A.shape[1], dtype=torch.float64)
-        for weight, mean, covariance in zip(self.weights, self.means.flatten(1), self.covariances, strict=True):
+        for weight, mean, covariance in zip(
+            self.weights, self.means.flatten(1), self.covariances, strict=True
+        ):
             prior = covariance + sigma**2 * eye
             innovation = A @ prior @ A.T + noise_std**2 * torch.eye(len(A), dtype=torch.float64)
             factor = torch.linalg.cholesky(innovation)
@@ -180,5 +189,3 @@ def smooth_covariance(
     plane = torch.exp(-0.5 * torch.cdist(position, position).square() / length**2)
     plane = plane + jitter * torch.eye(H * W, dtype=torch.float64)
     return std**2 * torch.kron(torch.eye(C, dtype=torch.float64), plane)
-
-

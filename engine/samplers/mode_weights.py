@@ -128,33 +128,21 @@ def reweigh(
         return total.index_add_(0, weights.labels, values) / sizes.reshape(-1, *[1] * (values.ndim - 1))
 
     images = x.double().flatten(1).cpu()
-    controls = _controls(images - mode_mean(images)[weights.labels], score)
-    mean_increment, mean_controls = mode_mean(increment), mode_mean(controls)
+    images = x.double().flatten(1).cpu()
+    virial = ((images - mode_mean(images)[weights.labels]) * score).sum(1)
+    # Deviations from a mean of the same particles miss a share of 1 / sizes of the expectation.
+    virial = virial + dimension * (1 - 1 / sizes[weights.labels])
+    mean_increment, mean_virial = mode_mean(increment), mode_mean(virial)
     centred = increment - mean_increment[weights.labels]
-    centred_controls = controls - mean_controls[weights.labels]
-    slopes = torch.linalg.lstsq(centred_controls, centred[:, None], driver="gelsd").solution[:, 0]
-    # The mean of a mode comes from its own particles, which takes one of sizes degrees of freedom.
-    expected = controls.new_tensor([-dimension, 0.0]) * (1 - 1 / sizes)[:, None]
-    log_ratio = mean_increment - (mean_controls - expected) @ slopes
-    residual = mode_mean((centred - centred_controls @ slopes).square())
-    variance = CORRELATION_TIME * residual / sizes
+    centred_virial = virial - mean_virial[weights.labels]
+    slope = (centred_virial * centred).sum() / centred_virial.square().sum().clamp(min=1e-300)
+    log_ratio = mean_increment - slope * mean_virial
+    variance = CORRELATION_TIME * mode_mean((centred - slope * centred_virial).square()) / sizes
     return replace(
         weights,
         log_weight=weights.log_weight + log_ratio[weights.labels],
         variance=weights.variance + variance[weights.labels],
     )
-
-
-def _controls(fluctuation: Tensor, score: Tensor) -> Tensor:
-    """Control variates [N, 2]: f . s and f^T C s, f [N, n] the deviation from the mode's mean, s the score.
-
-    C is the covariance of the other particles within their modes, so f^T C s has the mean -tr C in every
-    mode; a constant of all modes changes no weight, and the mean given here is 0.
-    """
-    inner, pulls = fluctuation @ fluctuation.T, score @ fluctuation.T
-    products = inner * pulls
-    others = (products.sum(1) - products.diagonal()) / max(1, len(score) - 1)
-    return torch.stack([(fluctuation * score).sum(1), others], dim=1)
 
 
 def shrinkage(weights: ModeWeights) -> float:

@@ -1,0 +1,77 @@
+# `make demo` and `make test` set everything up on a fresh machine; a later run installs nothing again.
+# PYTHON: a Python 3.11 or 3.12, for example `make test PYTHON=python3.12`.
+PYTHON ?= python3
+
+VENV := .venv
+# Written last, so that an install that was interrupted is taken up again.
+STAMP := $(VENV)/.installed
+CODE := engine kernels export tests $(wildcard benchmarks) setup.py
+SUITES := $(wildcard benchmarks/test_*.py benchmarks/bench_*.py)
+TYPES := build/types
+FASHION := data/fashion-mnist
+FASHION_IMAGES := $(FASHION)/train-images-idx3-ubyte.gz
+
+# A plain torch brings gigabytes of CUDA, which only a machine with an NVIDIA driver can use.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+
+.PHONY: help demo test lint types data bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    posterior samples for real images, written to demo/"
+	@echo "make test    the tests"
+	@echo "make lint    ruff: check and format"
+	@echo "make types   mypy on the package"
+	@echo "make data    Fashion-MNIST for training, in $(FASHION)"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   removes the virtual environment and what was built, keeps data, runs and demo"
+
+demo: $(STAMP)
+	$(VENV)/bin/alpenglow demo -o demo/
+
+test: $(STAMP)
+	$(VENV)/bin/pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+
+# mypy cannot follow setup.py's mapping of folders to packages: give it that mapping as a tree of links.
+types: $(STAMP)
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/alpenglow
+	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/export" $(TYPES)/alpenglow/
+	$(VENV)/bin/mypy -p alpenglow
+
+bench: $(STAMP)
+ifeq ($(SUITES),)
+	@echo "benchmarks/ holds no suite yet (test_*.py or bench_*.py)"
+else
+	$(VENV)/bin/pytest --benchmark-only $(SUITES)
+endif
+
+data: $(FASHION_IMAGES)
+
+# dpkg -x only unpacks: nothing is installed and no root is needed.
+$(FASHION_IMAGES):
+	@command -v apt-get >/dev/null && command -v dpkg >/dev/null || { \
+	  echo "make data needs apt-get and dpkg (Debian or Ubuntu), which are not here: put the four files" >&2; \
+	  echo "of the Debian package dataset-fashion-mnist (*-ubyte.gz) into $(FASHION) by hand" >&2; exit 1; }
+	@mkdir -p $(@D) && work=$$(mktemp -d "$(CURDIR)/$(@D)/.unpack-XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
+	  { (cd "$$work" && apt-get download dataset-fashion-mnist) || { \
+	    echo "make data: apt-get could not download dataset-fashion-mnist; run 'apt-get update' as root" >&2; \
+	    echo "once, and see that the network is there" >&2; exit 1; } } && \
+	  dpkg -x "$$work"/dataset-fashion-mnist_*.deb "$$work/files" && \
+	  mv "$$work"/files/usr/share/datasets/fashion-mnist/*.gz $(@D)/
+	@touch $@
+	@echo "Fashion-MNIST is in $(FASHION)"
+
+$(STAMP): setup.py pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "alpenglow needs Python 3.11 or 3.12, and $(PYTHON) is none: make PYTHON=python3.11" >&2; exit 1; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist alpenglow.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks: posteriors known in closed form, quality tables, timing suites."""

@@ -1,0 +1,126 @@
+"""What there is to say of a machine, a prior, an image file and a result, as names and values."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alpenglow._version import __version__
+from alpenglow.evaluation import evaluate
+from alpenglow.io import read_image
+from alpenglow.networks.storage import read_denoiser
+from alpenglow.posterior import Posterior
+from alpenglow.priors.loading import ZOO, load_denoiser, load_prior, zoo_names
+
+LEVEL = 0.9
+SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+
+
+def machine() -> dict[str, Any]:
+    """Versions, device and threads."""
+    facts: dict[str, Any] = {"alpenglow": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "onnxruntime", "tensorrt"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return facts | {
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def zoo() -> dict[str, str]:
+    """Each prior of the package with its image shape."""
+    found = {name: prior(name) for name in zoo_names()}
+    return {name: f"images {facts['image shape']}" for name, facts in found.items()} or {"(empty)": ""}
+
+
+def prior(source: str) -> dict[str, Any]:
+    """The header of a zoo prior or a .safetensors file. Raises ValueError for anything else."""
+    if source in zoo_names():
+        with as_file(files(ZOO) / f"{source}.safetensors") as path:
+            return _header(path)
+    if Path(source).suffix != ".safetensors":
+        load_prior(source)  # knows what to say of other names and files
+    return _header(Path(source))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    denoiser, metadata = read_denoiser(path)
+    network = metadata.denoiser
+    return {
+        "name": metadata.name,
+        "kind": metadata.kind,
+        "image shape": "x".join(map(str, metadata.image_shape)),
+        "units": metadata.units,
+        "sigma range": f"{metadata.sigma_range[0]:g} to {metadata.sigma_range[1]:g}",
+        "sigma_data": network.sigma_data,
+        "patch": network.patch,
+        "network": f"{network.backbone}, {sum(p.numel() for p in denoiser.parameters()):,} parameters",
+        "size": f"{path.stat().st_size / 1e6:.2f} MB",
+    } | {key: value for key, value in metadata.extra.items() if isinstance(value, str | int | float)}
+
+
+def image(path: Path) -> dict[str, Any]:
+    """Shape and range of an image file, as `reconstruct` reads it. Raises ValueError where it cannot."""
+    pixels = read_image(path)
+    return {
+        "shape": "x".join(map(str, pixels.shape)),
+        "range": f"{pixels.min():.4g} to {pixels.max():.4g} (black is -1, white 1)",
+        "mean": pixels.mean().item(),
+        "std": pixels.std().item(),
+    }
+
+
+def result(posterior: Posterior, truth: Tensor | None) -> dict[str, Any]:
+    """Figures of a posterior: cost, diagnostics, and quality where the truth [C, H, W] is known."""
+    known = posterior.diagnostics
+    facts: dict[str, Any] = {}
+    if truth is not None:
+        figures = evaluate(posterior, truth, level=LEVEL)
+        facts = {
+            "PSNR": f"{figures['psnr']:.2f} dB",
+            "SSIM": f"{figures['ssim']:.3f}",
+            "coverage": f"{figures['coverage']:.3f} of pixels in the {100 * LEVEL:.0f} % interval",
+            "interval width": figures["interval_width"],
+            "error correlation": figures["error_correlation"],
+        }
+        if "map_psnr" in figures:
+            facts |= {"MAP PSNR": f"{figures['map_psnr']:.2f} dB", "MAP SSIM": f"{figures['map_ssim']:.3f}"}
+    std = posterior.std
+    facts |= {
+        "image": "x".join(map(str, std.shape)),
+        "std": f"{std.median():.4g} median, {std.max():.4g} max",
+        "samples": posterior.num_samples,
+        "ess": f"{posterior.effective_samples:.0f}",
+        "NFE": f"{posterior.nfe:g} a sample",
+        "seconds": known.get("seconds"),
+    }
+    if "r_hat_max" in known:
+        facts["r_hat"] = f"{known['r_hat_median']:.3f} median, {known['r_hat_max']:.3f} max"
+    return facts | {name: known[name] for name in ("acceptance", "modes", "resamplings") if name in known}
+
+
+def compare(
+    source: str, teacher: Path, images: Path | None, sigmas: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    """Rows of a prior against its teacher, one a level, on held-out images (None: the package's own)."""
+    from alpenglow.demo import held_out_images
+    from alpenglow.distillation.data import load_images, to_units
+    from alpenglow.distillation.evaluation import evaluate_prior
+
+    loaded, denoiser = load_prior(source), load_denoiser(teacher)
+    pixels = held_out_images() if images is None else to_units(load_images(str(images), "test"))
+    if tuple(pixels.shape[1:]) != loaded.image_shape:
+        raise ValueError(
+            f"got images {tuple(pixels.shape[1:])}; {source} takes {loaded.image_shape}: give held-out "
+            "images of that shape with --images"
+        )
+    return evaluate_prior(loaded, denoiser, pixels, list(sigmas or SIGMAS))
