@@ -24,7 +24,9 @@ class Bed:
     posterior: GaussianMixturePrior
 
 
-def _measured(prior: GaussianMixturePrior, operator: LinearOperator, noise_std: float, truth: Tensor, seed: int) -> Bed:
+def _measured(
+    prior: GaussianMixturePrior, operator: LinearOperator, noise_std: float, truth: Tensor, seed: int
+) -> Bed:
     clean = operator.forward(truth)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed), dtype=clean.dtype)
     if isinstance(operator, Inpainting):
@@ -75,7 +77,7 @@ def single_mode(seed: int = 0) -> Bed:
 
 
 def steady_modes(seed: int = 0) -> Bed:
-    """Modes of equal width, told apart by nothing that is seen: their weights hardly change with the level."""
+    """Modes of equal width, told apart by nothing seen: their weights hardly change with the level."""
     prior = _mixture(seed, same_covariance=True)
     means = prior.means.clone()
     means[:, :, :, :2] = means[:1, :, :, :2]
@@ -99,8 +101,8 @@ class Score:
     """Samples against the exact posterior.
 
     ratio: estimated / true std over pixels, (5th percentile, median, 95th). std_error: mean |ratio - 1|.
-    coverage: of the interval between the 5 and 95 % quantiles, over exact draws. mean_error: RMS of (mean - truth) / true std,
-    less what N samples allow. mode_error: total variation between mode masses.
+    coverage: of the interval between the 5 and 95 % quantiles, over exact draws. mean_error: RMS of
+    (mean - truth) / true std, less what N samples allow. mode_error: total variation between mode masses.
     """
 
     ratio: tuple[float, float, float]

@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ Progress = Callable[[float], None]
 _MAX_CHAINS = 2**31
 
 
-def _run_calibrated(problem: Problem, noise: Noise, options: Any, progress: Callable[[int], None]) -> Posterior:
+def _run_calibrated(
+    problem: Problem, noise: Noise, options: Any, progress: Callable[[int], None]
+) -> Posterior:
     result = calibrated.sample(problem, noise, options, progress)
     return Posterior.from_samples(
         result.samples,
@@ -38,29 +40,31 @@ def _run_alps(problem: Problem, noise: Noise, options: Any, progress: Callable[[
     return Posterior.from_samples(samples, energy=energy, nfe=options.nfe)
 
 
-def _run_metropolis(problem: Problem, noise: Noise, options: Any, progress: Callable[[int], None]) -> Posterior:
+def _run_metropolis(
+    problem: Problem, noise: Noise, options: Any, progress: Callable[[int], None]
+) -> Posterior:
     samples, energy, acceptance, nfe = metropolis.sample(problem, noise, options, progress)
     return Posterior.from_samples(
         samples, energy=energy, nfe=nfe, diagnostics={"acceptance": acceptance.mean().item()}
     )
 
 
-METHODS: dict[str, tuple[Callable[..., Posterior], Callable[..., Any]]] = {
-    "calibrated": (_run_calibrated, calibrated.CalibratedOptions),
-    "alps": (_run_alps, alps.AlpsOptions),
-    "mala": (_run_metropolis, metropolis.MetropolisOptions),
-    "kinetic-metropolis": (
-        _run_metropolis,
-        lambda **options: metropolis.MetropolisOptions(**{"memory": 0.7} | options),
-    ),
+@dataclass(frozen=True)
+class Method:
+    """How to run a sampler on a problem, the dataclass of its options, and defaults that differ from it."""
+
+    run: Callable[..., Posterior]
+    options: type
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "calibrated": Method(_run_calibrated, calibrated.CalibratedOptions),
+    "alps": Method(_run_alps, alps.AlpsOptions),
+    "mala": Method(_run_metropolis, metropolis.MetropolisOptions),
+    "kinetic-metropolis": Method(_run_metropolis, metropolis.MetropolisOptions, {"memory": 0.7}),
 }
-"""A sampler is one file in samplers/ and one line here: how to run it, and its options."""
-_OPTION_CLASSES = {
-    "calibrated": calibrated.CalibratedOptions,
-    "alps": alps.AlpsOptions,
-    "mala": metropolis.MetropolisOptions,
-    "kinetic-metropolis": metropolis.MetropolisOptions,
-}
+"""A sampler is one file in samplers/ and one line here."""
 
 
 def sample(
@@ -86,9 +90,9 @@ def sample(
 
     method "calibrated" (DESIGN 2; options nfe, weigh, sigma_min, step_size, memory_limit), "alps" (as
     published; levels, steps, sigma_max, sigma_min, rho), and the exact references "mala" and
-    "kinetic-metropolis" (nfe, steps, sigma_max, sigma_min, memory, step_size). A chain's sample depends on the
-    seed and its number alone, to the last bit, unless the posterior has several modes and the chains form one
-    population (diagnostics["modes"] > 1; weigh=False keeps them apart).
+    "kinetic-metropolis" (nfe, steps, sigma_max, sigma_min, memory, step_size). A chain's sample depends on
+    the seed and its number alone, to the last bit, unless the posterior has several modes and the chains
+    form one population (diagnostics["modes"] > 1; weigh=False keeps them apart).
 
     Raises ValueError on bad input, RuntimeError when chains diverge.
     """
@@ -97,14 +101,13 @@ def sample(
         raise ValueError(f"num_samples is {num_samples!r}; expected a positive integer")
     if type(seed) is not int:
         raise ValueError(f"seed is {seed!r}; expected an integer")
-    run, _ = METHODS.get(method, (None, None))
-    if run is None:
+    if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     chosen = _options(method, options, prior)
     noise = Noise(seed, torch.arange(num_samples, device=problem.y.device))
     began = time.perf_counter()
     report = _reporter(progress, num_samples * chosen.nfe)
-    posterior = run(problem, noise, chosen, report)
+    posterior = METHODS[method].run(problem, noise, chosen, report)
     posterior.diagnostics["seconds"] = time.perf_counter() - began
     posterior.settings.update(
         method=method,
@@ -113,7 +116,7 @@ def sample(
         noise_std=problem.noise_std,
         num_samples=num_samples,
         seed=seed,
-        options={f.name: getattr(chosen, f.name) for f in fields(chosen)},
+        options={option.name: getattr(chosen, option.name) for option in fields(chosen)},
         alpenglow=__version__,
         torch=torch.__version__,
         device=str(problem.y.device),
@@ -143,7 +146,7 @@ def find_map(
         raise ValueError(f"max_iterations is {max_iterations!r}; expected a positive integer")
     _check_names("find_map", options, map_estimate.MapOptions)
     low, high = getattr(prior, "sigma_range", (0.0, math.inf))
-    limits = {"sigma": max(map_estimate.MapOptions.sigma, low), "sigma_max": min(20.0, high)}
+    limits: dict[str, Any] = {"sigma": max(map_estimate.MapOptions.sigma, low), "sigma_max": min(20.0, high)}
     chosen = map_estimate.MapOptions(**(limits | options | {"max_iterations": max_iterations}))
     _check_numbers("find_map", chosen)
     estimate = map_estimate.find(problem, chosen, _reporter(progress, chosen.levels + max_iterations))
@@ -159,8 +162,8 @@ def _problem(prior: Any, operator: Any, y: Any, noise_std: Any, batch_size: int 
         missing = [n for n in ("forward", "adjoint") if not callable(getattr(operator, n, None))]
         if missing or inspect.isclass(operator):
             raise ValueError(
-                f"got {operator!r} for the operator; expected an instance of alpenglow.operators, or an object "
-                "with forward and adjoint"
+                f"got {operator!r} for the operator; expected an instance of alpenglow.operators, or an "
+                "object with forward and adjoint"
             )
         operator = LinearOperator.from_functions(operator.forward, operator.adjoint)
     try:
@@ -193,40 +196,44 @@ def _device(prior: Any, measurement: Tensor) -> torch.device:
 
 def _options(method: str, given: dict[str, Any], prior: Any) -> Any:
     """The method's options, with those that the prior knows better than the defaults."""
-    kind = _OPTION_CLASSES[method]
+    kind: Any = METHODS[method].options
     _check_names(f'method "{method}"', given, kind)
     low, high = getattr(prior, "sigma_range", (0.0, math.inf))
-    options = dict(given)
+    options = METHODS[method].defaults | given
     if "sigma_min" not in options and method != "alps":
         options["sigma_min"] = max(kind.sigma_min, low)
     if method == "calibrated" and "sigma_range" not in options:
         smallest, largest = kind.sigma_range
         options["sigma_range"] = (min(smallest, high), min(largest, high))
-    chosen = METHODS[method][1](**options)
+    chosen = kind(**options)
     _check_numbers(f'method "{method}"', chosen)
     return chosen
 
 
 def _check_names(what: str, given: dict[str, Any], kind: type) -> None:
-    known = [field.name for field in fields(kind)]
+    known = [option.name for option in fields(kind)]
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{what} has no option {', '.join(unknown)}; it has {', '.join(known)}")
 
 
 def _check_numbers(what: str, options: Any) -> None:
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.type in (bool, "bool"):
+    for option in fields(options):
+        value, name = getattr(options, option.name), option.name
+        if option.type in (bool, "bool"):
             good = isinstance(value, bool)
-        elif field.type in (int, "int"):
+        elif option.type in (int, "int"):
             good = type(value) is int and value >= 1
-        elif field.type in (float, "float"):
-            zero = field.name in ("memory", "memory_limit")
-            good = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+        elif option.type in (float, "float"):
+            zero = name in ("memory", "memory_limit")
+            good = (
+                isinstance(value, int | float)
+                and math.isfinite(value)
+                and (value > 0 or (zero and value == 0))
+            )
         else:
             good = len(value) == 2 and 0 < value[0] <= value[1]
         if not good:
-            raise ValueError(f"{what}: {field.name} is {value!r}, which is no valid {field.type}")
+            raise ValueError(f"{what}: {name} is {value!r}, which is no valid {option.type}")
 
 
 def _reporter(progress: Progress | None, total: int) -> Callable[[int], None]:

@@ -33,8 +33,7 @@ app = typer.Typer(
 
 def _example(lines: str) -> str:
     """An epilog whose line breaks stay: \\b is typer's sign for that."""
-    paragraphs = [f"\b\n{paragraph.strip()}" for paragraph in lines.split("\n\n")]
-    return "\n\n".join(["Example:", *paragraphs])
+    return "\n\n".join(f"\b\n{paragraph.strip()}" for paragraph in f"Example:\n{lines.strip()}".split("\n\n"))
 
 
 def main() -> None:
@@ -54,18 +53,19 @@ def alpenglow(version: Annotated[bool, typer.Option("--version", help="Print the
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo"),
     prior: Annotated[str, typer.Option("--prior", "-p", help="Zoo prior or .safetensors.")] = "fashion-28",
-    images: Annotated[int, typer.Option(help="Number of held-out images, 1 to 64.")] = 4,
+    images: Annotated[int, typer.Option(help="Number of held-out images, 1 to 64.")] = 3,
     num_samples: Annotated[int, typer.Option(help="Posterior samples of each.")] = 64,
-    nfe: Annotated[int, typer.Option(help="Gradient evaluations a sample.")] = 100,
+    nfe: Annotated[int, typer.Option(help="Gradient evaluations a sample.")] = 50,
+    device: options.Device = None,
 ) -> None:
     """Inpaint held-out Fashion-MNIST images of which half of the pixels are hidden."""
-    from alpenglow.demo import COLUMNS, rows, run, total
+    from alpenglow.demo import BATCH_SIZE, COLUMNS, rows, run, total
     from alpenglow.priors.loading import load_prior
 
-    single = load_prior(prior, batch_size=1)  # the MAP search has one image at a time
+    single = load_prior(prior, batch_size=1, device=device)  # the MAP search has one image at a time
     with progress_bar("demo") as progress:
         figures = run(
-            load_prior(prior), output, map_prior=single,
+            load_prior(prior, batch_size=BATCH_SIZE, device=device), output, map_prior=single,
             count=images, num_samples=num_samples, nfe=nfe, progress=progress,
         )  # fmt: skip
     print_table(COLUMNS, rows(figures), total=total(figures))

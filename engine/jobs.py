@@ -175,7 +175,8 @@ def _explain(item: Any) -> str:
     if where[:1] == ["operator"]:
         if len(where) == 1:
             got = {"missing": "missing", "union_tag_not_found": "given without a kind"}.get(item["type"])
-            what = "unknown operator " + item["ctx"]["tag"] if item["type"] == "union_tag_invalid" else None
+            tag = item.get("ctx", {}).get("tag")
+            what = None if tag is None else f"unknown operator {tag!r}"
             what = what or f"operator is {got or repr(item['input'])}"
             return f"{what}; expected a kind out of {', '.join(OPERATORS)} (--operator)"
         model: type[BaseModel] = OPERATORS[where[1]]

@@ -14,8 +14,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
-# Counters that a CPU works on at once: twice as fast for thousands of chains, whose int64 temporaries
-# would otherwise leave the cache.
+# Counters that a CPU works on at once: thousands of chains take a third less time when the int64
+# temporaries stay in its cache.
 _CACHED_COUNTERS = 1 << 15
 
 

@@ -19,6 +19,8 @@ PILOT_CHAINS = 32
 PILOT_STEPS = 40
 _PILOT_IDS = 2**31  # far from the ids of any request, so that the pilot's noise is its own
 _RESAMPLING_STREAM = 2**20
+CLUMPED = 0.4
+"""`crowding` of a pilot below which its chains count as parted: 0.2 on mixtures, 0.6 to 0.9 on one mode."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class CalibratedOptions:
     """nfe: gradients a sample along the path; where there are several modes, weights add up to as many.
 
     weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
-    0.01). step_size: h; memory_limit: the largest share of momentum kept in a step (0: Leimkuhler-Matthews).
+    0.01). step_size: h, and modal_step_size where the pilot's chains ended in separate modes: the error of a
+    large step moves mass between modes before they part (total variation 0.07 to 0.11 at h = 1, 0.02 to 0.05
+    at 0.7, on benchmarks.beds.several_modes). memory_limit: the largest share of
+    momentum kept in a step (0: Leimkuhler-Matthews).
     """
 
     nfe: int = 100
@@ -35,6 +40,7 @@ class CalibratedOptions:
     sigma_range: tuple[float, float] = (1.0, 20.0)
     """Where the first level may lie."""
     step_size: float = 1.5
+    modal_step_size: float = 0.7
     memory_limit: float = kinetic.LARGEST_MEMORY
 
 
@@ -76,7 +82,10 @@ def anneal(
     weigh: bool,
     progress: Callable[[int], None] = lambda nfe: None,
 ) -> Path:
-    """Run the chains of `noise` through `levels`, high to low, one kinetic step each; remove the last noise."""
+    """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
+
+    Raises nothing: chains that diverge are held, and marked.
+    """
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0])
     weights = mode_weights.init(count)
@@ -98,9 +107,7 @@ def anneal(
                 if mode_weights.effective_sample_size(weights) < count / 2:
                     state, grad, ancestors, weights = _resample(noise, state, grad, ancestors, weights)
                     resamplings += 1
-        state = kinetic.step(
-            problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma)
-        )
+        state = kinetic.step(problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma))
         earlier, previous = previous, sigma
     if weigh and mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
         state, _, ancestors, weights = _resample(noise, state, state.x, ancestors, weights)
@@ -143,6 +150,15 @@ def top_std(samples: Tensor) -> float:
     return math.sqrt(max(largest, 0.0) / max(1, len(samples) - 1))
 
 
+def crowding(samples: Tensor) -> float:
+    """Median distance to the nearest sample over the median distance of two: small where samples clump."""
+    images = samples.flatten(1).double()
+    distance = torch.cdist(images, images)
+    others = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+    nearest = distance.masked_fill(~others, torch.inf).amin(1).median()
+    return (nearest / distance[others].median().clamp(min=1e-30)).item()
+
+
 def pilot(problem: Problem, seed: int, options: CalibratedOptions, device: torch.device) -> Path:
     """A few chains over the whole range of levels, to find the spread of the posterior."""
     ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=device)
@@ -154,7 +170,10 @@ def pilot(problem: Problem, seed: int, options: CalibratedOptions, device: torch
 
 
 def sample(
-    problem: Problem, noise: Noise, options: CalibratedOptions, progress: Callable[[int], None] = lambda nfe: None
+    problem: Problem,
+    noise: Noise,
+    options: CalibratedOptions,
+    progress: Callable[[int], None] = lambda nfe: None,
 ) -> CalibratedResult:
     """One sample for each chain of `noise` (DESIGN 2, the measured recipe).
 
@@ -170,13 +189,15 @@ def sample(
     spread = top_std(settled)
     sigma_max = min(max(2 * spread, options.sigma_range[0]), options.sigma_range[1])
     levels = geometric_levels(sigma_max, options.sigma_min, options.nfe - 1)
+    clumps = crowding(settled)
+    step_size = options.step_size if clumps > CLUMPED else min(options.step_size, options.modal_step_size)
 
     def memory(sigma: float) -> float:
-        return min(options.memory_limit, kinetic.memory(options.step_size, sigma, spread))
+        return min(options.memory_limit, kinetic.memory(step_size, sigma, spread))
 
     path = anneal(
         problem, noise, levels,
-        step_size=options.step_size, memory=memory, weigh=options.weigh, progress=progress,
+        step_size=step_size, memory=memory, weigh=options.weigh, progress=progress,
     )  # fmt: skip
     evaluations = scout.evaluations + path.evaluations
     broken = path.diverged
@@ -187,7 +208,7 @@ def sample(
         ids = noise.chain_ids[again]
         repeated = anneal(
             problem, Noise(noise.seed, ids), levels,
-            step_size=options.step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
+            step_size=step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
         )  # fmt: skip
         evaluations += repeated.evaluations
         if repeated.diverged.any():
@@ -195,7 +216,11 @@ def sample(
             raise RuntimeError(_DIVERGED.format(count=len(lost), total=len(noise.chain_ids), ids=lost[:5]))
         path = _merge(path, repeated, again)
     return CalibratedResult(
-        path.x, path.energy, path.ancestors, evaluations / len(path.x), _diagnose(path, spread, sigma_max, broken)
+        path.x,
+        path.energy,
+        path.ancestors,
+        evaluations / len(path.x),
+        _diagnose(path, spread, sigma_max, broken) | {"pilot_crowding": clumps, "step_size": step_size},
     )
 
 

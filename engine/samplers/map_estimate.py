@@ -1,9 +1,9 @@
 """MAP estimation by majorise-minimise steps on the energy, with momentum and a monotone objective.
 
-With U(x) = -log p_sigma(x | y) = E(x, sigma) / sigma^2 + ||y - A x||^2 / (2 eta^2), the Hessian of the prior's
-part is (I - J) / sigma^2, J the denoiser's Jacobian. J is positive semidefinite for an MMSE denoiser, so U lies
-below a quadratic of Hessian Q that touches it at x, whose minimiser is mu(x) = P (A^T y / eta^2 + D / sigma^2):
-one step of the annealed samplers without noise never raises U (majorise-minimise; Hunter and Lange 2004).
+With U(x) = -log p_sigma(x | y) = E(x, sigma) / sigma^2 + ||y - A x||^2 / (2 eta^2), the Hessian of the
+prior's part is (I - J) / sigma^2, J the denoiser's Jacobian. J is positive semidefinite for an MMSE denoiser,
+so U lies below a quadratic of Hessian Q that touches it at x, whose minimiser is
+mu(x) = P (A^T y / eta^2 + D / sigma^2): one step of the annealed samplers without noise never raises U (majorise-minimise; Hunter and Lange 2004).
 Nesterov momentum with restarts (O'Donoghue and Candes 2015) makes it fast; a step that would raise U, where
 the energy is only nearly that of an MMSE denoiser, is halved.
 """
@@ -24,8 +24,11 @@ _ROUNDING = 2e-6
 
 @dataclass(frozen=True)
 class MapEstimate:
-    """image [C, H, W], the minimiser of -log p_sigma(x | y). objective: its value after each step, which never
-    rises. converged: whether the last step was below the tolerance. sigma: the level; nfe: gradients spent."""
+    """image [C, H, W], the minimiser of -log p_sigma(x | y).
+
+    objective: its value after each step, which never rises. converged: whether the last step was below the
+    tolerance. sigma: the level; nfe: gradients spent.
+    """
 
     image: Tensor
     objective: list[float]
@@ -36,9 +39,11 @@ class MapEstimate:
 
 @dataclass(frozen=True)
 class MapOptions:
-    """sigma: level of the posterior that is maximised. It is reached from sigma_max through `levels` noiseless
-    steps, which find the basin; then at most max_iterations steps, until one moves the image by less than
-    `tolerance` times sigma (root mean square)."""
+    """sigma: level of the posterior that is maximised.
+
+    It is reached from sigma_max through `levels` noiseless steps, which find the basin; then at most
+    max_iterations steps, until one moves the image by less than `tolerance` times sigma (root mean square).
+    """
 
     sigma: float = 0.02
     sigma_max: float = 20.0

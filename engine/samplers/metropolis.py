@@ -1,7 +1,7 @@
 """Metropolised Langevin samplers: exact at every level, slow in high dimension (DESIGN 2). References.
 
-One transition serves both: partial refreshment of the momentum, one leapfrog step, accept or reject with a flip
-of the momentum (Horowitz 1991). Without memory it is MALA preconditioned by P.
+One transition serves both: partial refreshment of the momentum, one leapfrog step, accept or reject with a
+flip of the momentum (Horowitz 1991). Without memory it is MALA preconditioned by P.
 """
 
 import math
@@ -99,7 +99,10 @@ def step(
 
 
 def sample(
-    problem: Problem, noise: Noise, options: MetropolisOptions, progress: Callable[[int], None] = lambda nfe: None
+    problem: Problem,
+    noise: Noise,
+    options: MetropolisOptions,
+    progress: Callable[[int], None] = lambda nfe: None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Samples [N, C, H, W], energies [N], mean acceptance [N] and NFE a sample."""
     count = len(noise.chain_ids)
@@ -116,9 +119,7 @@ def sample(
     for level in levels:
         sigma = levels_of(level, count, x)
         potential, pull, energy = _evaluate(problem, state.x, sigma)
-        state = replace(
-            state, u=state.u * (level / previous), potential=potential, pull=pull, energy=energy
-        )
+        state = replace(state, u=state.u * (level / previous), potential=potential, pull=pull, energy=energy)
         progress(count)
         for _ in range(options.steps):
             iteration += 1
