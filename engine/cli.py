@@ -1,6 +1,8 @@
 """The command line: `alpenglow COMMAND --help` shows an example of each command."""
 
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +40,8 @@ def _example(lines: str) -> str:
 
 def main() -> None:
     """The entry point `alpenglow`."""
+    # By default a SIGTERM ends Python at once, and what a run had half written would stay.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(prog_name="alpenglow")
 
 
@@ -269,7 +273,8 @@ def distill(
 @app.command(
     epilog=_example(
         "alpenglow evaluate out/result.h5 --truth boot.png\n"
-        "alpenglow evaluate fashion-28 --teacher runs/fashion-28/teacher.safetensors"
+        "alpenglow evaluate fashion-28 \\\n"
+        "  --teacher runs/fashion-28/fashion-28-teacher.safetensors"
     )
 )
 def evaluate(

@@ -18,7 +18,6 @@ from alpenglow.posterior import Posterior
 from alpenglow.priors.loading import ZOO, load_denoiser, load_prior, zoo_names
 
 LEVEL = 0.9
-SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 def machine() -> dict[str, Any]:
@@ -114,7 +113,7 @@ def compare(
     """Rows of a prior against its teacher, one a level, on held-out images (None: the package's own)."""
     from alpenglow.demo import held_out_images
     from alpenglow.distillation.data import load_images, to_units
-    from alpenglow.distillation.evaluation import evaluate_prior
+    from alpenglow.distillation.evaluation import DEFAULT_SIGMAS, evaluate_prior
 
     loaded, denoiser = load_prior(source), load_denoiser(teacher)
     pixels = held_out_images() if images is None else to_units(load_images(str(images), "test"))
@@ -123,4 +122,4 @@ def compare(
             f"got images {tuple(pixels.shape[1:])}; {source} takes {loaded.image_shape}: give held-out "
             "images of that shape with --images"
         )
-    return evaluate_prior(loaded, denoiser, pixels, list(sigmas or SIGMAS))
+    return evaluate_prior(loaded, denoiser, pixels, sigmas or DEFAULT_SIGMAS)

@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from alpenglow import Posterior, demo
 from alpenglow.cli import app
 from alpenglow.distillation import pipeline
 from alpenglow.io import read_image, write_image
-from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.operator_specs import random_mask
 from alpenglow.priors.loading import load_prior
 
@@ -249,26 +247,19 @@ def test_convert(folder: Path) -> None:
 
 def test_distill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: calls.append(arguments), raising=False)
+    assert "no recipe file none.yaml" in fail("distill", "none.yaml", "-o", "runs")
+    monkeypatch.setattr(pipeline, "run", lambda *arguments: calls.append(arguments))
     succeed("distill", "recipe.yaml", "-o", "runs")
     assert calls == [(Path("recipe.yaml"), Path("runs"))]
 
 
-def test_evaluate_a_prior(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate_prior(prior: Any, teacher: Any, images: Any, sigmas: Any) -> list[dict[str, float]]:
-        assert prior.name == "small"
-        assert isinstance(teacher, EDMDenoiser)
-        assert images.shape == (3, 1, 16, 16)
-        assert images.abs().max() <= 1
-        return [{"sigma": s, "gradient_error": 0.01, "psnr": 30.0, "teacher_psnr": 30.1} for s in sigmas]
-
-    fake = types.SimpleNamespace(evaluate_prior=evaluate_prior)
-    monkeypatch.setitem(sys.modules, "alpenglow.distillation.evaluation", fake)  # type: ignore[arg-type]
+def test_evaluate_a_prior(folder: Path) -> None:
     np.save("held-out.npy", np.random.default_rng(0).integers(0, 255, (3, 16, 16), np.uint8))
     arguments = ["evaluate", "prior.safetensors", "--teacher", "prior.safetensors"]
     table = succeed(*arguments, "--images", "held-out.npy", "--sigma", "0.1", "--sigma", "1")
     assert table.split()[:4] == ["sigma", "gradient_error", "psnr", "teacher_psnr"]
     assert len(table.splitlines()) == 3
+    assert "sigmas are [-1.0]" in fail(*arguments, "--images", "held-out.npy", "--sigma", "-1")
     assert "(1, 28, 28); prior.safetensors takes (1, 16, 16)" in fail(*arguments)
     assert "give --teacher" in fail("evaluate", "prior.safetensors")
 

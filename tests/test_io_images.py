@@ -236,3 +236,11 @@ with atomic_path({str(path)!r}) as temporary:
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.npy"
+    with path.open("wb") as stream:
+        np.savez(stream, image=np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"archive of arrays \(\.npz\)"):
+        read_image(path)

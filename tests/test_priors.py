@@ -376,7 +376,7 @@ def test_posterior_weights_follow_the_measurement() -> None:
 
 
 def test_posterior_takes_a_measurement_as_it_comes() -> None:
-    """With or without a batch dimension, in single precision, and whatever stands where nothing was measured."""
+    """With or without a batch dimension, in single precision, whatever stands where nothing was measured."""
     operator, shape = OPERATORS["fourier-complex"]
     prior = mixture(shape)
     y = measure(prior, operator, 0.1)

@@ -134,6 +134,8 @@ def _read_npy(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except _DECODING_ERRORS as error:
         raise _unreadable(path, error) from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays (.npz); save the one image with numpy.save")
     if array.ndim == 2:
         return array[None]
     if array.ndim == 3 and array.shape[0] in (1, 2, 3):

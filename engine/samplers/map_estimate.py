@@ -3,9 +3,9 @@
 With U(x) = -log p_sigma(x | y) = E(x, sigma) / sigma^2 + ||y - A x||^2 / (2 eta^2), the Hessian of the
 prior's part is (I - J) / sigma^2, J the denoiser's Jacobian. J is positive semidefinite for an MMSE denoiser,
 so U lies below a quadratic of Hessian Q that touches it at x, whose minimiser is
-mu(x) = P (A^T y / eta^2 + D / sigma^2): one step of the annealed samplers without noise never raises U (majorise-minimise; Hunter and Lange 2004).
-Nesterov momentum with restarts (O'Donoghue and Candes 2015) makes it fast; a step that would raise U, where
-the energy is only nearly that of an MMSE denoiser, is halved.
+mu(x) = P (A^T y / eta^2 + D / sigma^2): one step of the annealed samplers without noise never raises U
+(majorise-minimise; Hunter and Lange 2004). Nesterov momentum with restarts (O'Donoghue and Candes 2015) makes
+it fast; a step that would raise U, where the energy is only nearly that of an MMSE denoiser, is halved.
 """
 
 import math
