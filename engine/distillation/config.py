@@ -14,8 +14,12 @@ class _Strict(BaseModel):
 class DataConfig(_Strict):
     """Training images and the noise floor that turns quantised images into a density."""
 
-    source: str = Field(description="'fashion-mnist', or a .npy file of uint8 images [N, H, W] or [N, C, H, W]")
-    noise_floor: float = Field(0.02, ge=0, description="std of the noise added to training images, in [-1, 1] units")
+    source: str = Field(
+        description="'fashion-mnist', or a .npy file of uint8 images [N, H, W] or [N, C, H, W]"
+    )
+    noise_floor: float = Field(
+        0.02, ge=0, description="std of the noise added to training images, in [-1, 1] units"
+    )
 
 
 class SigmaLaw(_Strict):

@@ -3,13 +3,22 @@
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from alpenglow.distillation.config import StageConfig
@@ -79,7 +88,7 @@ def train(
         TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     running, count = 0.0, 0
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=config.steps, completed=start, loss="-")
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
