@@ -55,10 +55,25 @@ def check_mixture_bounds(bed: Bed, posterior: ag.Posterior) -> None:
 
 
 @pytest.mark.slow
-def test_weights_keep_the_mass_of_several_live_modes() -> None:
-    bed = several_modes()
-    assert (bed.posterior.weights > 0.05).sum() >= 3
+def test_several_live_modes_keep_their_mass() -> None:
+    """Eight live modes whose masses hardly change with the level: weights must do no harm."""
+    bed = steady_modes()
+    assert (bed.posterior.weights > 0.05).sum() == 8
     check_mixture_bounds(bed, draw(bed, num_samples=2000, nfe=190))
+
+
+@pytest.mark.slow
+def test_weights_keep_the_mass_of_modes_that_agree_with_the_measurement() -> None:
+    """Three live modes of unequal width; docs/calibration.md: 0.02 to 0.10 by seed, the goal is 0.05."""
+    bed = several_modes()
+    assert (bed.posterior.weights > 0.05).sum() == 3
+    posterior = draw(bed, num_samples=2000, nfe=190)
+    figures = score(bed, posterior.samples)
+    assert posterior.nfe <= 400
+    assert figures.mode_error <= 0.12
+    assert abs(figures.coverage - 0.90) <= 0.02
+    masses = bed.posterior.responsibilities(posterior.samples.double()).mean(0)
+    assert masses[bed.posterior.weights < 1e-3].sum() < 0.01  # the other five are gone
 
 
 @pytest.mark.slow
@@ -73,11 +88,11 @@ def test_weights_find_the_single_mode_that_the_measurement_picks() -> None:
 @pytest.mark.slow
 def test_weights_do_no_harm_where_masses_hardly_change() -> None:
     bed = steady_modes()
-    with_weights = score(bed, draw(bed, num_samples=2000, nfe=98).samples)
-    without = score(bed, draw(bed, num_samples=2000, nfe=98, weigh=False).samples)
+    with_weights = score(bed, draw(bed, num_samples=1000, nfe=98).samples)
+    without = score(bed, draw(bed, num_samples=1000, nfe=98, weigh=False).samples)
     # Two runs of N samples differ by sqrt(2 sum p (1 - p) / (2 pi N)) in total variation by chance.
     p = bed.posterior.weights
-    chance = ((2 * p * (1 - p) / (math.pi * 2000)).sqrt().sum() / 2).item()
+    chance = ((2 * p * (1 - p) / (math.pi * 1000)).sqrt().sum() / 2).item()
     assert with_weights.mode_error <= without.mode_error + 2 * chance
 
 
