@@ -19,7 +19,7 @@ from benchmarks.beds import BEDS, Bed, score
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BUDGETS = (25, 50, 100, 200, 400)
+BUDGETS = (50, 100, 200)
 # How each method spends a budget of gradients a sample.
 SAMPLERS: dict[str, Callable[[int], dict[str, Any]]] = {
     "calibrated": lambda nfe: {"method": "calibrated", "nfe": nfe},

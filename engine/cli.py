@@ -57,7 +57,7 @@ def alpenglow(version: Annotated[bool, typer.Option("--version", help="Print the
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo"),
     prior: Annotated[str, typer.Option("--prior", "-p", help="Zoo prior or .safetensors.")] = "fashion-28",
-    images: Annotated[int, typer.Option(help="Number of held-out images, 1 to 64.")] = 3,
+    images: Annotated[int, typer.Option(help="Number of held-out images, 1 to 64.")] = 2,
     num_samples: Annotated[int, typer.Option(help="Posterior samples of each.")] = 64,
     nfe: Annotated[int, typer.Option(help="Gradient evaluations a sample.")] = 50,
     device: options.Device = None,

@@ -52,7 +52,7 @@ def run(
     *,
     map_prior: Prior | None = None,
     images: Tensor | None = None,
-    count: int = 3,
+    count: int = 2,
     num_samples: int = 64,
     nfe: int = 50,
     seed: int = 0,

@@ -654,7 +654,7 @@ def test_run_writes_prior_teacher_and_card(folder: Path, quick: None) -> None:
     assert "| 2 |" in card
     assert "last 5 %" in card
     assert "coverage of the 90 % interval (held-out images: 1;" in card
-    assert "8x8 pixels, grey" in card
+    assert "An energy prior for grey images of 8x8 pixels, for" in card
     assert "deviation 0.02 (the noise floor" in card
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert Recipe.model_validate(recipe) == recipe_of(folder)

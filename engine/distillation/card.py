@@ -25,7 +25,7 @@ neighbours in the array are alike, as slices of a volume are, these figures flat
 _CARD = """\
 # {name}
 
-An energy prior for images of {shape}, for posterior sampling with `alpenglow`:
+An energy prior for {shape}, for posterior sampling with `alpenglow`:
 E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2, whose gradient G makes x - G the MMSE denoiser, so that the score
 of p_sigma is -G / sigma^2. psi is a {backbone} with EDM preconditioning, distilled from a diffusion teacher
 that was trained on the same images. Pixel values are in {units}.
@@ -71,8 +71,8 @@ data range of 2.
 {figures}
 ## Limits
 
-- It knows images of {shape} of this kind and nothing else: given others it still answers, with intervals that
-  say nothing about how wrong the prior is.
+- It knows {shape} of this kind and nothing else: given others it still
+  answers, with intervals that say nothing about how wrong the prior is.
 - Training images carry noise of standard deviation {floor} (the noise floor: 8-bit images have no density).
   Details below it are noise to this prior, its samples show that noise, and intervals are never narrower.
 - Levels from {low} to {high} were trained. Gradient errors add to those of the sampler.
@@ -123,9 +123,8 @@ def write_card(
 def _shape(recipe: Recipe) -> str:
     side = recipe.network["img_resolution"] * recipe.patch
     channels = recipe.network["in_channels"] // recipe.patch**2
-    return f"{side}x{side} pixels, " + {1: "grey", 2: "complex", 3: "colour"}.get(
-        channels, f"{channels} channels"
-    )
+    kind = {1: "grey", 2: "complex", 3: "colour"}.get(channels, f"{channels}-channel")
+    return f"{kind} images of {side}x{side} pixels"
 
 
 def _row(row: Mapping[str, float]) -> str:

@@ -21,7 +21,7 @@ from alpenglow.priors.loading import load_prior
 from alpenglow.priors.network import NetworkPrior
 
 EVALUATION_IMAGES = 256
-COVERAGE_IMAGES = 8
+COVERAGE_IMAGES = 3
 COVERAGE_SAMPLES = 32
 # Below, sampling gains nothing (DESIGN 2), and the noise floor is all there is.
 LOWEST_LEVEL = 0.01
