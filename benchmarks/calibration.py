@@ -77,7 +77,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run everything, write calibration.json, calibration-table.md and calibration.png (paste the table into calibration.md)."""
+    """Run everything; write calibration.json, calibration.png and calibration-table.md (for the page)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
