@@ -47,7 +47,7 @@ prior = ag.load_prior("{name}.safetensors")
 ```
 
 trains the teacher with EDM's loss, then psi, which starts from the teacher's weights, by matching G to
-x - D_teacher(x, sigma) with the weight 1 / sigma^2. The recipe, defaults written out:
+x - D_teacher(x, sigma) with the weight 1 / sigma^2 + 1 / sigma_data^2. The recipe, defaults written out:
 
 ```yaml
 {recipe}```

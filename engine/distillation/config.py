@@ -1,10 +1,18 @@
 """The recipe of a prior: data, network and the two training stages, as one YAML file."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 
 class _Strict(BaseModel):
@@ -29,6 +37,12 @@ class SigmaLaw(_Strict):
     log_std: PositiveFloat = 1.4
     low: PositiveFloat = 0.005
     high: PositiveFloat = 40.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low:g} and high is {self.high:g}; expected low < high")
+        return self
 
 
 class StageConfig(_Strict):

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +18,12 @@ def read_idx(path: Path) -> np.ndarray:
     """Read a gzipped IDX file of unsigned bytes (the MNIST format); ValueError if it is not one."""
     try:
         raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a readable gzip file ({error}); fetch the data set again") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    if len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path} ends in its header; it is truncated")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     pixels = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
     if pixels.size != np.prod(shape):
@@ -46,6 +49,8 @@ def load_images(source: str, split: Literal["train", "test"] = "train") -> Tenso
         raise ValueError(f"data source {source!r} is neither 'fashion-mnist' nor an existing .npy file")
     try:
         images = np.load(path, allow_pickle=False)
+        if not isinstance(images, np.ndarray):
+            raise ValueError("it is an archive of arrays (.npz)")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a readable .npy array: {error}") from None
     if images.ndim == 3:

@@ -29,12 +29,14 @@ def teacher_loss(model: EDMDenoiser, clean: Tensor, sigma: Tensor, generator: to
 def energy_loss(
     model: EDMDenoiser, teacher: EDMDenoiser, clean: Tensor, sigma: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """||G(x_t, sigma) - (x_t - D_teacher(x_t, sigma))||^2 / sigma^2, mean over images and pixels.
+    """||G(x_t, sigma) - (x_t - D_teacher(x_t, sigma))||^2 (1 / sigma^2 + 1 / sigma_data^2), a mean.
 
-    Matches the energy's gradient to the teacher's noise estimate (ALPS, arXiv 2601.02594).
+    Matches the energy's gradient to the teacher's noise estimate (ALPS, arXiv 2601.02594), over images and
+    pixels. The weight is the teacher's own, 1 / c_out^2: that of ALPS, 1 / sigma^2, below sigma_data; above,
+    where 1 / sigma^2 all but forgets the levels, an error of the denoiser counts alike at every level.
     """
     noisy = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=generator)
     with torch.no_grad():
         target = noisy - teacher(noisy, sigma)
     _, grad = energy_and_grad(model, noisy, sigma, create_graph=True)
-    return ((grad - target) / sigma[:, None, None, None]).square().mean()
+    return ((grad - target) / model.coefficients(sigma).c_out).square().mean()

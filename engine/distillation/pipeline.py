@@ -21,7 +21,7 @@ from alpenglow.priors.loading import load_prior
 from alpenglow.priors.network import NetworkPrior
 
 EVALUATION_IMAGES = 256
-COVERAGE_IMAGES = 3
+COVERAGE_IMAGES = 16
 COVERAGE_SAMPLES = 32
 # Below, sampling gains nothing (DESIGN 2), and the noise floor is all there is.
 LOWEST_LEVEL = 0.01
@@ -57,9 +57,12 @@ def distill(recipe: Recipe, folder: Path) -> tuple[EDMDenoiser, EDMDenoiser]:
         assert isinstance(net, EDMDenoiser)
         return teacher_loss(net, *batch(recipe.teacher.batch_size, generator), generator)
 
+    shared = recipe.model_dump(mode="json", exclude={"name", "teacher", "energy"})
     torch.manual_seed(recipe.seed)
     model = EDMDenoiser.from_config(recipe.denoiser_config())
-    teacher = train("teacher", model, teacher_objective, recipe.teacher, folder, seed=recipe.seed)
+    teacher = train(
+        "teacher", model, teacher_objective, recipe.teacher, folder, seed=recipe.seed, recipe=shared
+    )
     assert isinstance(teacher, EDMDenoiser)
 
     def energy_objective(net: nn.Module, generator: torch.Generator) -> Tensor:
@@ -67,7 +70,15 @@ def distill(recipe: Recipe, folder: Path) -> tuple[EDMDenoiser, EDMDenoiser]:
         return energy_loss(net, teacher, *batch(recipe.energy.batch_size, generator), generator)
 
     student = copy.deepcopy(teacher).requires_grad_(True).train()
-    energy = train("energy", student, energy_objective, recipe.energy, folder, seed=recipe.seed + 1)
+    energy = train(
+        "energy",
+        student,
+        energy_objective,
+        recipe.energy,
+        folder,
+        seed=recipe.seed + 1,
+        recipe=shared | {"teacher": recipe.teacher.model_dump(mode="json")},
+    )
     assert isinstance(energy, EDMDenoiser)
     return teacher, energy
 

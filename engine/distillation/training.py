@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,19 @@ def _save(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
+def _cut_log(log: Path, last: int) -> None:
+    """Drop the lines after step `last`, which will be written again, and a line that a kill tore."""
+    kept = []
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    with atomic_path(log) as temporary:
+        temporary.write_text("".join(kept))
+
+
 def train(
     name: str,
     model: nn.Module,
@@ -49,28 +62,39 @@ def train(
     folder: Path,
     *,
     seed: int,
+    recipe: Mapping[str, Any] | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> nn.Module:
     """Train `model` in place by `loss(model, generator)`; returns its moving average.
 
     Writes folder/<name>.ckpt (atomically, every `checkpoint_seconds`) and folder/<name>.jsonl with one line a
     hundred steps; when the checkpoint exists, goes on from it, and at once returns a finished stage.
-    Raises RuntimeError when the loss stops being finite, leaving the last good checkpoint.
+    `recipe`: all that the outcome depends on, as JSON takes it; a checkpoint keeps it. Raises ValueError for
+    a checkpoint of another recipe or seed, RuntimeError when the loss stops being finite, leaving the last
+    good checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.ckpt", folder / f"{name}.jsonl"
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
     start, seconds_before = 0, 0.0
+    running, count = 0.0, 0
+    origin = json.dumps(
+        {"seed": seed, "stage": config.model_dump(mode="json"), "recipe": dict(recipe or {})}, sort_keys=True
+    )
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
+        if state["origin"] != origin:
+            raise ValueError(
+                f"{checkpoint} is of another recipe, {state['origin']}; this one is {origin}. "
+                "Give another folder, or delete the checkpoint to train afresh"
+            )
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, seconds_before = state["step"], state["seconds"]
-        lines = log.read_text().splitlines() if log.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        log.write_text("".join(line + "\n" for line in kept))
+        running, count = state["running"], state["count"]
+        _cut_log(log, start)
 
     began = last_saved = time.monotonic()
 
@@ -81,13 +105,15 @@ def train(
             "optimizer": optimizer.state_dict(),
             "step": step,
             "seconds": seconds_before + time.monotonic() - began,
+            "running": running,
+            "count": count,
+            "origin": origin,
         }
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    running, count = 0.0, 0
     with Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress:
         task = progress.add_task(name, total=config.steps, completed=start, loss="-")
         for step in range(start, config.steps):
