@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpenglow.kernels import pixel_step
+from alpenglow.kernels import group_norm_silu, pixel_step, spectral_step
 from alpenglow.kernels.triton_support import Variant
 
-VARIANTS: list[Variant] = [*pixel_step.VARIANTS]
+VARIANTS: list[Variant] = [*pixel_step.VARIANTS, *spectral_step.VARIANTS, *group_norm_silu.VARIANTS]
 """A kernel is one file and one line here."""
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
@@ -31,7 +31,7 @@ class Compiled:
     registers: a thread's; spills: bytes of registers (AMD: registers) that did not fit; stack: bytes of local
     memory a thread; shared: bytes a block; widest: bits of the widest access to global memory;
     bytes_per_element: global memory that a program moves for each element of its block, counted in the PTX
-    (None for AMD), against the fewest possible.
+    (None for AMD and where it loops), against the fewest possible.
     """
 
     kernel: str
@@ -89,7 +89,9 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
         shared=result.metadata.shared,
         widest_load=max((8 * size for kind, size in accesses if kind == "load"), default=0),
         widest_store=max((8 * size for kind, size in accesses if kind == "store"), default=0),
-        bytes_per_element=_moved(variant, result.asm["ptx"]) if "ptx" in result.asm else None,
+        bytes_per_element=_moved(variant, result.asm["ptx"])
+        if "ptx" in result.asm and not variant.loops
+        else None,
         minimum=variant.minimum_bytes,
     )
 

@@ -112,7 +112,7 @@ def uniforms(seed: int, chain_ids: Tensor, *, iteration: int, stream: int = 0) -
     return words[0].double() * 2.0**-32
 
 
-# --- Triton ---------------------------------------------------------------------------------------------------
+# --- Triton ---
 
 
 @jit

@@ -5,13 +5,13 @@ step_weights.py for the step; here P_i = sigma^2 eta^2 / (m_i sigma^2 + eta^2) a
 pull_i = P_i ((A^T y)_i / eta^2 - m_i x_i / eta^2 - G_i / sigma^2), m the diagonal of A^T A.
 """
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alpenglow.kernels.philox import chain_normals, interleave4, philox_normals
-from alpenglow.kernels.step_weights import Step, hold, per_image_columns
+from alpenglow.kernels.step_weights import Step, advance, hold
 from alpenglow.kernels.triton_support import (
     Variant,
     batch_stride,
@@ -19,7 +19,6 @@ from alpenglow.kernels.triton_support import (
     next_power_of_2,
     runs_on,
     tl,
-    unused,
 )
 
 BLOCK = 1024
@@ -65,13 +64,15 @@ def pixel_step(
     A kernel on CUDA (float32), plain torch elsewhere; chains do not depend on each other, bit for bit.
     Source: DESIGN 2; running moments: Welford (1962).
     """
-    mean, m2, count = moments or (None, None, None)
-    x_before, grad_before, u_before = previous or (None, None, None)
-    low = torch.empty(0, dtype=network_dtype or x.dtype)  # carries the dtype through the operator's schema
-    new, momentum, sums, scaled = _pixel_step(
-        x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept, x_before, grad_before,
-        u_before, mean, m2, count, network_scale, low.dtype,
+    given = Inputs(
+        x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept,
+        *(previous or (None, None, None)), *(moments or (None, None, None)), network_scale,
+        network_dtype or x.dtype, statistics,
     )  # fmt: skip
+    for tensor in (*(previous or ()), *(moments or ())):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError("previous and moments must be contiguous: they are updated in place")
+    new, momentum, sums, scaled = _operator(*given)
     return Step(
         new,
         None if u is None else momentum,
@@ -82,203 +83,163 @@ def pixel_step(
     )
 
 
+class Inputs(NamedTuple):
+    """The arguments of the operator; see `pixel_step`."""
+
+    x: Tensor
+    u: Tensor | None
+    grad: Tensor
+    data: Tensor
+    diagonal: Tensor
+    table: Tensor
+    limit: Tensor
+    counters: Tensor | None
+    pulled: Tensor | None
+    grad_weights: Tensor | None
+    accept: Tensor | None
+    x_before: Tensor | None
+    grad_before: Tensor | None
+    u_before: Tensor | None
+    mean: Tensor | None
+    m2: Tensor | None
+    count: Tensor | None
+    network_scale: Tensor | None
+    network_dtype: torch.dtype
+    statistics: bool
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""New x; new u (empty without momentum); STATISTICS numbers a chain [B, 3]; network input (empty without)."""
+
+
 @torch.library.custom_op(
-    "alpenglow::pixel_step", mutates_args=("x_before", "grad_before", "u_before", "mean", "m2")
+    "alpenglow::pixel_step",
+    mutates_args=("x_before", "grad_before", "u_before", "mean", "m2"),
+    schema="(Tensor x, Tensor? u, Tensor grad, Tensor data, Tensor diagonal, Tensor table, Tensor limit, "
+    "Tensor? counters, Tensor? pulled, Tensor? grad_weights, Tensor? accept, Tensor(a!)? x_before, "
+    "Tensor(b!)? grad_before, Tensor(c!)? u_before, Tensor(d!)? mean, Tensor(e!)? m2, Tensor? count, "
+    "Tensor? network_scale, ScalarType network_dtype, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _pixel_step(
-    x: Tensor,
-    u: Tensor | None,
-    grad: Tensor,
-    data: Tensor,
-    diagonal: Tensor,
-    table: Tensor,
-    limit: Tensor,
-    counters: Tensor | None,
-    pulled: Tensor | None,
-    grad_weights: Tensor | None,
-    accept: Tensor | None,
-    x_before: Tensor | None,
-    grad_before: Tensor | None,
-    u_before: Tensor | None,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    count: Tensor | None,
-    network_scale: Tensor | None,
-    network_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    step = launch if runs_on(x) else twin
-    return step(
-        x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept, x_before, grad_before,
-        u_before, mean, m2, count, network_scale, network_dtype,
-    )  # fmt: skip
+def _operator(*arguments: Any) -> Outputs:
+    given = Inputs(*arguments)
+    return launch(given) if runs_on(given.x) else twin(given)
 
 
-@_pixel_step.register_fake
-def _(x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept, x_before, grad_before,
-      u_before, mean, m2, count, network_scale, network_dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+@_operator.register_fake
+def _(*arguments: Any) -> Outputs:
+    given = Inputs(*arguments)
+    x = given.x
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(x.shape if u is not None else 0),
+        x.new_empty(x.shape if given.u is not None else 0),
         x.new_empty(len(x), STATISTICS),
-        _network_input(x, network_scale, network_dtype),
+        _network_input(given),
     )
 
 
-def _network_input(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _network_input(given: Inputs) -> Tensor:
     """Room for the network's input, channels last."""
-    if scale is None:
-        return torch.empty(0, dtype=dtype, device=x.device)
+    x = given.x
+    if given.network_scale is None:
+        return x.new_empty(0, dtype=given.network_dtype)
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty(x.shape, dtype=given.network_dtype, device=x.device, memory_format=layout)
 
 
-def twin(
-    x: Tensor,
-    u: Tensor | None,
-    grad: Tensor,
-    data: Tensor,
-    diagonal: Tensor,
-    table: Tensor,
-    limit: Tensor,
-    counters: Tensor | None,
-    pulled: Tensor | None,
-    grad_weights: Tensor | None,
-    accept: Tensor | None,
-    x_before: Tensor | None,
-    grad_before: Tensor | None,
-    u_before: Tensor | None,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    count: Tensor | None,
-    network_scale: Tensor | None,
-    network_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The step in plain torch, in the dtype of x; few temporaries, each of them reused."""
+def twin(given: Inputs) -> Outputs:
+    """The step in plain torch, in the dtype of x."""
+    x, u, grad = given.x, given.u, given.grad
     ones = [1] * (x.ndim - 1)
-    energy = x.new_zeros(len(x))
-    if pulled is not None:
-        assert grad_weights is not None
-        energy = 0.5 * _sum_square(grad)
-        a, b = grad_weights.to(x.dtype).reshape(-1, 2, *ones).unbind(1)
-        grad = (grad * a).sub_(pulled * b)
-    if accept is not None:
-        assert x_before is not None and grad_before is not None
-        chosen = accept.reshape(-1, *ones)
-        x, grad = torch.where(chosen, x, x_before), torch.where(chosen, grad, grad_before)
-        x_before.copy_(x)
-        grad_before.copy_(grad)
+    sums = x.new_zeros(len(x), STATISTICS)
+    if given.pulled is not None:
+        assert given.grad_weights is not None
+        if given.statistics:
+            sums[:, 1] = 0.5 * _sum_square(grad)
+        a, b = given.grad_weights.to(x.dtype).reshape(-1, 2, *ones).unbind(1)
+        grad = (grad * a).sub_(given.pulled * b)
+    if given.accept is not None:
+        assert given.x_before is not None
+        assert given.grad_before is not None
+        chosen = given.accept.reshape(-1, *ones)
+        x, grad = torch.where(chosen, x, given.x_before), torch.where(chosen, grad, given.grad_before)
+        given.x_before.copy_(x)
+        given.grad_before.copy_(grad)
         if u is not None:
-            assert u_before is not None
-            u = torch.where(chosen, u, -u_before)
-            u_before.copy_(u)
-    level, noise, z_pull, z_u, z_w, u_pull, u_u, u_w = per_image_columns(table, x)
-    # At most a table of the size of one image where all chains are at one level.
-    data_gain = level / (diagonal * level + noise)
-    pull = (x * diagonal).neg_().add_(data).mul_(data_gain)
-    prior_gain = data_gain.mul_(noise / level)
-    pull.sub_(grad * prior_gain)
-    new = (pull * z_pull).add_(x)
-    momentum = x.new_empty(0)
-    if u is not None:
-        new.add_(u * z_u)
-        momentum = (u * u_u).add_(pull.mul_(u_pull))
-    if counters is not None:
-        w = chain_normals(counters, tuple(x.shape[1:])).to(x.dtype).mul_(prior_gain.mul_(level).sqrt_())
-        new.add_(w * z_w)
-        if u is not None:
-            momentum.add_(w.mul_(u_w))
-    new, beyond, largest = hold(new, x, limit)
-    if u is not None:
+            assert given.u_before is not None
+            u = torch.where(chosen, u, -given.u_before)
+            given.u_before.copy_(u)
+    normals = None
+    if given.counters is not None:
+        normals = chain_normals(given.counters, tuple(x.shape[1:])).to(x.dtype)
+    new, momentum = advance(x, u, grad, given.data, given.diagonal, given.table, normals)
+    new, beyond, sums[:, 0] = hold(new, x, given.limit)
+    if momentum is not None and beyond is not None:
         momentum.masked_fill_(beyond, 0)
-    if mean is not None:
-        assert m2 is not None and count is not None
-        change = new - mean
-        mean.add_(change / count.to(x.dtype).reshape(-1, *ones))
-        m2.add_(change.mul_(new - mean))
-    scaled = _network_input(x, network_scale, network_dtype)
-    if network_scale is not None:
-        scaled.copy_(new * network_scale.to(x.dtype).reshape(-1, *ones))
-    return new, momentum, torch.stack([largest, energy, _sum_square(grad)], dim=1), scaled
+    if given.mean is not None:
+        assert given.m2 is not None
+        assert given.count is not None
+        change = new - given.mean
+        given.mean.add_(change / given.count.to(x.dtype).reshape(-1, *ones))
+        given.m2.add_(change.mul_(new - given.mean))
+    scaled = _network_input(given)
+    if given.network_scale is not None:
+        scaled.copy_(new * given.network_scale.to(x.dtype).reshape(-1, *ones))
+    if given.statistics:
+        sums[:, 2] = _sum_square(grad)
+    return new, x.new_empty(0) if momentum is None else momentum, sums, scaled
 
 
 def _sum_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
 
 
-# --- Triton ---------------------------------------------------------------------------------------------------
+# --- Triton ---
 
 
-def launch(
-    x: Tensor,
-    u: Tensor | None,
-    grad: Tensor,
-    data: Tensor,
-    diagonal: Tensor,
-    table: Tensor,
-    limit: Tensor,
-    counters: Tensor | None,
-    pulled: Tensor | None,
-    grad_weights: Tensor | None,
-    accept: Tensor | None,
-    x_before: Tensor | None,
-    grad_before: Tensor | None,
-    u_before: Tensor | None,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    count: Tensor | None,
-    network_scale: Tensor | None,
-    network_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch(given: Inputs) -> Outputs:
     """The step by the Triton kernel; float32 only. Raises ValueError for another dtype of x."""
+    x = given.x.contiguous()
     if x.dtype != torch.float32:
         raise ValueError(f"got x of {x.dtype}; the kernel's state is float32")
     batch, size = len(x), x[:1].numel()
-    x, grad, data = x.contiguous(), grad.contiguous(), data.contiguous()
-    diagonal, per_chain = _repeated(diagonal, x, batch)
-    new = torch.empty_like(x)
-    momentum = torch.empty_like(x) if u is not None else unused(x)
-    scaled = _network_input(x, network_scale, network_dtype)
+    diagonal = _period(given.diagonal, x)
+    new, scaled = torch.empty_like(x), _network_input(given)
+    momentum = x.new_empty(x.shape if given.u is not None else 0)
     block = min(BLOCK, max(32, next_power_of_2(size)))
     blocks = -(-size // block)
     partial = x.new_zeros(batch, blocks, STATISTICS)
     if new.numel():
-        none = unused(x)
+        pointers = (
+            x, given.u, given.grad, given.pulled, given.data, diagonal, given.table, given.limit,
+            given.counters, given.grad_weights, given.accept, given.x_before, given.grad_before,
+            given.u_before, given.mean, given.m2, given.count, given.network_scale,
+            new, momentum, scaled, partial,
+        )  # fmt: skip
         kernel[(batch * blocks,)](
-            x, none if u is None else u.contiguous(), grad, none if pulled is None else pulled.contiguous(),
-            data, diagonal, table.contiguous(), limit.contiguous(), none if counters is None else counters,
-            none if grad_weights is None else grad_weights.contiguous(),
-            none if accept is None else accept, *_or(none, x_before, grad_before, u_before, mean, m2, count),
-            *_or(none, network_scale), new, momentum, scaled, partial,
-            size, blocks, batch_stride(data, batch), per_chain, diagonal.numel() // len(diagonal),
-            x.shape[1], table.stride(0) if len(table) > 1 else 0, int(len(limit) > 1),
-            int(grad_weights is not None and len(grad_weights) > 1), int(count is not None and len(count) > 1),
-            int(network_scale is not None and len(network_scale) > 1),
-            MOMENTUM=u is not None, NOISE=counters is not None, PULLED=pulled is not None,
-            METROPOLIS=accept is not None, MOMENTS=mean is not None, NETWORK=network_scale is not None,
-            REPEATED=diagonal.numel() // len(diagonal) != size, BLOCK=block, num_warps=WARPS,
+            *(x if pointer is None else pointer.contiguous() for pointer in pointers[:-4]), *pointers[-4:],
+            size, blocks, diagonal.shape[1], x.shape[1],
+            *(batch_stride(each, batch) for each in (given.data, diagonal, given.table, given.limit)),
+            *(0 if each is None else batch_stride(each, batch)
+              for each in (given.grad_weights, given.count, given.network_scale)),
+            MOMENTUM=given.u is not None, NOISE=given.counters is not None, PULLED=given.pulled is not None,
+            METROPOLIS=given.accept is not None, MOMENTS=given.mean is not None,
+            NETWORK=given.network_scale is not None, REPEATED=diagonal.shape[1] != size, BLOCK=block,
+            num_warps=WARPS,
         )  # fmt: skip
     largest = partial[..., 0].amax(1) if blocks else partial.new_zeros(batch)
     return new, momentum, torch.cat([largest[:, None], partial[..., 1:].sum(1)], dim=1), scaled
 
 
-def _or(none: Tensor, *given: Tensor | None) -> Sequence[Tensor]:
-    """The tensors, `none` for each that is missing. Raises ValueError for one updated in place that has gaps."""
-    for tensor in given:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError("previous, moments and scales must be contiguous: they are updated in place")
-    return [none if tensor is None else tensor for tensor in given]
-
-
-def _repeated(diagonal: Tensor, x: Tensor, batch: int) -> tuple[Tensor, int]:
-    """The diagonal as [1 or B, period], and the stride of its batch; period divides the size of an image."""
+def _period(diagonal: Tensor, x: Tensor) -> Tensor:
+    """The diagonal as [1 or B, period]: repeated, it is that of an image of x."""
     if diagonal.ndim < x.ndim:
-        diagonal = diagonal.reshape(1, *[1] * (x.ndim - 1 - diagonal.ndim), *diagonal.shape)
-    trailing = diagonal.shape[1:]
-    while trailing and trailing[0] == 1:
-        trailing = trailing[1:]
-    if trailing != x.shape[x.ndim - len(trailing) :]:  # not a plain repetition, such as one row for all rows
+        diagonal = diagonal[None]
+    shape = diagonal.shape[1:]
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    if shape != x.shape[x.ndim - len(shape) :]:  # another kind of broadcasting, one row for all rows say
         diagonal = diagonal.expand(len(diagonal), *x.shape[1:])
-    return diagonal.contiguous().view(len(diagonal), -1), batch_stride(diagonal, batch)
+    return diagonal.reshape(len(diagonal), -1)
 
 
 @jit
@@ -286,7 +247,7 @@ def kernel(
     x_ptr, u_ptr, grad_ptr, pulled_ptr, data_ptr, diagonal_ptr, table_ptr, limit_ptr, counters_ptr,
     grad_weights_ptr, accept_ptr, x_before_ptr, grad_before_ptr, u_before_ptr, mean_ptr, m2_ptr, count_ptr,
     network_scale_ptr, new_ptr, momentum_ptr, scaled_ptr, partial_ptr,
-    size, blocks, data_stride, diagonal_stride, period, channels, table_stride, limit_stride,
+    size, blocks, period, channels, data_stride, diagonal_stride, table_stride, limit_stride,
     grad_weights_stride, count_stride, network_scale_stride,
     MOMENTUM: tl.constexpr, NOISE: tl.constexpr, PULLED: tl.constexpr, METROPOLIS: tl.constexpr,
     MOMENTS: tl.constexpr, NETWORK: tl.constexpr, REPEATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -302,8 +263,8 @@ def kernel(
     if PULLED:
         energy = 0.5 * tl.sum(grad * grad)
         pulled = tl.load(pulled_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(grad_weights_ptr + chain * 2 * grad_weights_stride)
-        b = tl.load(grad_weights_ptr + chain * 2 * grad_weights_stride + 1)
+        a = tl.load(grad_weights_ptr + chain * grad_weights_stride)
+        b = tl.load(grad_weights_ptr + chain * grad_weights_stride + 1)
         grad = a * grad - b * pulled
     if MOMENTUM:
         u = tl.load(u_ptr + start + at, mask=inside, other=0.0)
@@ -321,10 +282,7 @@ def kernel(
     level = tl.load(row)
     noise = tl.load(row + 1)
     data = tl.load(data_ptr + chain.to(tl.int64) * data_stride + at, mask=inside, other=0.0)
-    if REPEATED:
-        place = at % period
-    else:
-        place = at
+    place = at % period if REPEATED else at
     m = tl.load(diagonal_ptr + chain.to(tl.int64) * diagonal_stride + place, mask=inside, other=0.0)
     m = m.to(tl.float32)
     data_gain = level / (m * level + noise)
@@ -372,8 +330,8 @@ def kernel(
 
 
 _OFF = {
-    "MOMENTUM": False, "NOISE": False, "PULLED": False, "METROPOLIS": False, "MOMENTS": False, "NETWORK": False,
-    "REPEATED": False,
+    "MOMENTUM": False, "NOISE": False, "PULLED": False, "METROPOLIS": False, "MOMENTS": False,
+    "NETWORK": False, "REPEATED": False,
 }  # fmt: skip
 
 
@@ -394,7 +352,7 @@ def _variant(label: str, minimum_bytes: float, *on: str, network: str = "*fp16")
     )  # fmt: skip
 
 
-# Bytes: 4 for each float32 read or written; the mask is 1, A^T y is shared by all chains and counted all the same.
+# Bytes: 4 for each float32 read or written; the mask is 1. A^T y, shared by all chains, is counted as well.
 VARIANTS = [
     _variant("MAP: no noise, no momentum", 4 * 4 + 1),
     _variant("ALPS: noise", 4 * 4 + 1, "NOISE"),

@@ -57,9 +57,47 @@ def per_image_columns(table: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return table.to(like.dtype).reshape(-1, COLUMNS, *[1] * (like.ndim - 1)).unbind(1)
 
 
-def hold(new: Tensor, old: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(`new` where its modulus is within limit [B], else `old`; where not; largest modulus [B])."""
-    size = new.abs().nan_to_num_(nan=torch.inf)
-    beyond = size > limit.to(size.dtype).reshape(-1, *[1] * (new.ndim - 1))
-    largest = size.flatten(1).amax(1) if len(new) else size.new_zeros(0)
+def advance(
+    z: Tensor,
+    u: Tensor | None,
+    grad: Tensor,
+    data: Tensor,
+    diagonal: Tensor,
+    table: Tensor,
+    normals: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """New z and u in plain torch, where A^T A is `diagonal`; arguments as for `pixel_step`.
+
+    normals: N(0, I) in the basis of z, overwritten; None for a step without noise. Few temporaries.
+    """
+    level, noise, z_pull, z_u, z_w, u_pull, u_u, u_w = per_image_columns(table, z)
+    # The gains have the size of one image where all chains are at one level and share a mask.
+    data_gain = level / (diagonal * level + noise)
+    pull = (z * diagonal).neg_().add_(data).mul_(data_gain)
+    prior_gain = data_gain.mul_(noise / level)
+    pull.sub_(grad * prior_gain)
+    new, momentum = (pull * z_pull).add_(z), None
+    if u is not None:
+        new.add_(u * z_u)
+        momentum = (u * u_u).add_(pull.mul_(u_pull))
+    if normals is not None:
+        w = normals.mul_(prior_gain.mul_(level).sqrt_())
+        new.add_(w * z_w)
+        if momentum is not None:
+            momentum.add_(w.mul_(u_w))
+    return new, momentum
+
+
+def hold(new: Tensor, old: Tensor, limit: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(`new` where its modulus is within limit [1 or B], else `old`; where not; largest modulus [B]).
+
+    The second is None where all is within, which only a CPU may look at.
+    """
+    size = new.abs()
+    largest = size.flatten(1).amax(1) if size.numel() else size.new_zeros(len(new))
+    largest = largest.nan_to_num_(nan=torch.inf)
+    limit = limit.to(size.dtype)
+    if new.device.type == "cpu" and bool((largest <= limit).all()):
+        return new, None, largest
+    beyond = ~(size <= limit.reshape(-1, *[1] * (new.ndim - 1)))  # NaN compares false
     return torch.where(beyond, old, new), beyond, largest

@@ -58,7 +58,7 @@ class Variant:
     types: of the pointers that are not "*fp32". constants: the kernel's tl.constexpr arguments. aligned: the
     integers that are multiples of 16 in it. elements: what one program works on; minimum_bytes: global
     memory that must move for each of them, per-chain scalars left out. scalar_stores: numbers that a program
-    stores alone, sums over its block.
+    stores alone, sums over its block. loops: it does, so that its code does not tell what it moves.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Variant:
     aligned: frozenset[str] = frozenset()
     warps: int = 4
     scalar_stores: int = 0
+    loops: bool = False
 
     def type_of(self, argument: str) -> str:
         """What triton calls the type of an argument: `_ptr` at the end of a name makes a pointer."""

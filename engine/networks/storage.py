@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from alpenglow.io.files import atomic_path
@@ -101,7 +101,7 @@ def save_denoiser(
                 )
             )
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata={HEADER: header})
+        temporary.write_bytes(save(stored, metadata={HEADER: header}))  # save_file makes it private
 
 
 def read_denoiser(path: str | Path) -> tuple[EDMDenoiser, Metadata]:
