@@ -48,8 +48,11 @@ class Step(NamedTuple):
 
 def coefficients(sigma: Tensor, noise_std: float, weights: StepWeights) -> Tensor:
     """The table of a step, one row a chain, [B, COLUMNS]; sigma: levels [B]."""
-    rest = torch.tensor((noise_std**2, *weights), dtype=sigma.dtype, device=sigma.device)
-    return torch.cat([sigma.square()[:, None], rest.expand(len(sigma), -1)], dim=1)
+    table = torch.empty(len(sigma), COLUMNS, dtype=sigma.dtype, device=sigma.device)
+    table[:, 0] = sigma.square()
+    for column, number in enumerate((noise_std**2, *weights), start=1):
+        table[:, column] = number  # a fill: copying a host tensor would make a GPU wait
+    return table
 
 
 def per_image_columns(table: Tensor, like: Tensor) -> tuple[Tensor, ...]:
@@ -70,18 +73,26 @@ def advance(
 
     normals: N(0, I) in the basis of z, overwritten; None for a step without noise. Few temporaries.
     """
-    level, noise, z_pull, z_u, z_w, u_pull, u_u, u_w = per_image_columns(table, z)
+    level, noise = per_image_columns(table, z)[:2]
     # The gains have the size of one image where all chains are at one level and share a mask.
     data_gain = level / (diagonal * level + noise)
     pull = (z * diagonal).neg_().add_(data).mul_(data_gain)
     prior_gain = data_gain.mul_(noise / level)
     pull.sub_(grad * prior_gain)
+    w = None if normals is None else normals.mul_(prior_gain.mul_(level).sqrt_())
+    return combine(z, u, pull, w, table)
+
+
+def combine(
+    z: Tensor, u: Tensor | None, pull: Tensor, w: Tensor | None, table: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """New z and u from the pull and the draw w ~ N(0, P), which are overwritten."""
+    _, _, z_pull, z_u, z_w, u_pull, u_u, u_w = per_image_columns(table, z)
     new, momentum = (pull * z_pull).add_(z), None
     if u is not None:
         new.add_(u * z_u)
         momentum = (u * u_u).add_(pull.mul_(u_pull))
-    if normals is not None:
-        w = normals.mul_(prior_gain.mul_(level).sqrt_())
+    if w is not None:
         new.add_(w * z_w)
         if momentum is not None:
             momentum.add_(w.mul_(u_w))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from alpenglow.kernels.philox import chain_normals
+from alpenglow.kernels.step_weights import Step, StepWeights, coefficients, combine, hold
 from alpenglow.operators.validation import as_tensor
 
 if TYPE_CHECKING:
@@ -130,6 +132,46 @@ class LinearOperator(abc.ABC):
         pull = self.adjoint(noise * noise_std - predicted) / noise_std**2
         return image + self.solve(pull, sigma, noise_std)
 
+    def to_basis(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the basis in which `step` keeps chains; images by default."""
+        return x
+
+    def from_basis(self, coefficients: Tensor, image_shape: tuple[int, ...]) -> Tensor:
+        """Images [B, C, H, W] of what `to_basis` returned; image_shape: (C, H, W)."""
+        return coefficients
+
+    def data_term(self, y: Tensor) -> Tensor:
+        """What `step` needs of the measurement, computed once a run; y itself by default."""
+        return y
+
+    def step(
+        self,
+        data: Tensor,
+        z: Tensor,
+        u: Tensor | None,
+        grad: Tensor,
+        sigma: Tensor,
+        noise_std: float,
+        weights: StepWeights,
+        limit: Tensor,
+        counters: Tensor | None,
+    ) -> Step:
+        """One Langevin step of every chain; see kernels/step_weights.py.
+
+        data: of `data_term`. z, u (or None): position and momentum in the basis. grad: the prior's G, an
+        image. sigma [B]. limit [B] (or [1]): elements of the new z beyond it keep their old value.
+        counters: of the noise, int64 [B, 4], or None for a step without noise.
+        """
+        pull = self.conditional_mean(data, z - grad, sigma, noise_std) - z
+        w = None
+        if counters is not None:
+            w = self.draw(normal_streams(counters, z.dtype), _chw(z), sigma, noise_std)
+        new, momentum = combine(z, u, pull, w, coefficients(sigma, noise_std, weights))
+        new, beyond, largest = hold(new, z, limit)
+        if momentum is not None and beyond is not None:
+            momentum.masked_fill_(beyond, 0)
+        return Step(new, momentum, largest)
+
     @staticmethod
     def from_functions(
         forward: Callable[[Tensor], Tensor],
@@ -149,6 +191,23 @@ class LinearOperator(abc.ABC):
             tolerance=tolerance,
             max_iterations=max_iterations,
         )
+
+
+def normal_streams(counters: Tensor, dtype: torch.dtype) -> Normal:
+    """normal(shape) -> [B, *shape]; every call takes the next stream after that of counters [B, 4]."""
+    following = counters.clone()
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        values = chain_normals(following, shape).to(dtype)
+        following[:, 3] += 1
+        return values
+
+    return normal
+
+
+def _chw(x: Tensor) -> tuple[int, int, int]:
+    C, H, W = x.shape[1:]
+    return C, H, W
 
 
 def per_image(sigma: Tensor, like: Tensor) -> Tensor:

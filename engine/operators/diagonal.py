@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alpenglow.kernels.pixel_step import pixel_step
+from alpenglow.kernels.spectral_step import spectral_step
+from alpenglow.kernels.step_weights import Step, StepWeights, coefficients
 from alpenglow.operators.base import LinearOperator, Normal, per_image
 
 
@@ -24,6 +27,11 @@ class DiagonalOperator(LinearOperator):
     def adjoint_coefficients(self, y: Tensor) -> Tensor:
         """U A^T y, computed without a round trip through the image, so that it is 0 where m is."""
 
+    @property
+    def half_spectrum(self) -> bool:
+        """Whether the coefficients are unnormalised half spectra of real images, as of rfft2."""
+        return False
+
     def to_basis(self, x: Tensor) -> Tensor:
         """U x, up to a constant factor that `from_basis` takes back."""
         return x
@@ -31,6 +39,37 @@ class DiagonalOperator(LinearOperator):
     def from_basis(self, coefficients: Tensor, image_shape: tuple[int, ...]) -> Tensor:
         """U^H coefficients as images [B, C, H, W]; image_shape: (C, H, W)."""
         return coefficients
+
+    def data_term(self, y: Tensor) -> Tensor:
+        """U A^T y."""
+        return self.adjoint_coefficients(y)
+
+    def step(
+        self,
+        data: Tensor,
+        z: Tensor,
+        u: Tensor | None,
+        grad: Tensor,
+        sigma: Tensor,
+        noise_std: float,
+        weights: StepWeights,
+        limit: Tensor,
+        counters: Tensor | None,
+    ) -> Step:
+        """One Langevin step in the basis by a fused kernel: see LinearOperator.step."""
+        m, table = self.eigenvalues(grad), coefficients(sigma, noise_std, weights)
+        g = self.to_basis(grad)
+        if self.half_spectrum:
+            return spectral_step(z, u, g, data, m, table, limit, counters, width=grad.shape[-1])
+        if not z.is_complex():
+            return pixel_step(z, u, g, data, m, table, limit, counters)
+        # The spectrum of complex images has no symmetry: its real and imaginary parts are like pixels.
+        z, g, data = (torch.view_as_real(part.resolve_conj()) for part in (z, g, data))
+        momentum = None if u is None else torch.view_as_real(u)
+        moved = pixel_step(z, momentum, g, data, m[..., None].expand(*m.shape, 2), table, limit, counters)
+        return moved._replace(
+            z=torch.view_as_complex(moved.z), u=None if moved.u is None else torch.view_as_complex(moved.u)
+        )
 
     def normal(self, x: Tensor) -> Tensor:
         """A^T A x for images [B, C, H, W]."""

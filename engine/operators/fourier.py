@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alpenglow.operators.diagonal import DiagonalOperator
 from alpenglow.operators.spectral import multiply
-from alpenglow.operators.transforms import fft2, ifft2, irfft2, rfft2
+from alpenglow.operators.transforms import as_spectra, fft2, ifft2, irfft2, rfft2
 from alpenglow.operators.validation import check_mask
 
 
@@ -88,8 +88,13 @@ class FourierSampling(DiagonalOperator):
             mask = torch.fft.ifftshift(self.mask).to(image.dtype)
             if self.channels == 1:
                 mask = 0.5 * (mask + _negate_frequencies(mask))[:, : mask.shape[1] // 2 + 1]
-            self._eigenvalues[image.dtype] = mask.mT.contiguous().mT  # laid out in memory as the spectra are
+            self._eigenvalues[image.dtype] = as_spectra(mask)
         return self._eigenvalues[image.dtype]
+
+    @property
+    def half_spectrum(self) -> bool:
+        """True for real images."""
+        return self.channels == 1
 
     def to_basis(self, x: Tensor) -> Tensor:
         """The spectrum of images: [B, 1, H, W], or unnormalised [B, 1, H, W // 2 + 1] for real images."""
@@ -113,7 +118,7 @@ class FourierSampling(DiagonalOperator):
             )
             angle = 2 * math.pi * ((rows[:, None] + columns) % 1)
             ramp = torch.polar(torch.ones_like(angle), angle).to(dtype.to_complex())
-            self._ramps[dtype] = ramp.mT.contiguous().mT
+            self._ramps[dtype] = as_spectra(ramp)
         return self._ramps[dtype]
 
 

@@ -53,6 +53,11 @@ class Convolution(DiagonalOperator):
         """|transfer function|^2 on the half spectrum [H, W // 2 + 1]."""
         return self._transfer(image)[1]
 
+    @property
+    def half_spectrum(self) -> bool:
+        """True."""
+        return True
+
     def to_basis(self, x: Tensor) -> Tensor:
         """The half spectrum of x."""
         return rfft2(x)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpenglow.kernels.step_weights import StepWeights
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 
@@ -32,14 +33,15 @@ def schedule(options: AlpsOptions) -> list[float]:
     return [(high + i / max(1, count - 1) * (low - high)) ** options.rho for i in range(count)]
 
 
-def step(problem: Problem, x: Tensor, sigma: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def step(problem: Problem, z: Tensor, sigma: Tensor, counters: Tensor | None) -> tuple[Tensor, Tensor]:
     """x' = P (A^T y / eta^2 + D(x) / sigma^2) + P^(1/2) n; returns x' and the energy E(x, sigma) [B].
 
-    x [B, C, H, W], sigma [B]; noise: a sample of N(0, P), or None at the last step of a level. B NFE.
+    z: x [B, C, H, W] in the operator's basis, as is x'; sigma [B]; counters: of the noise n [B, 4], or None
+    at the last step of a level. B NFE.
     """
-    energy, grad = problem.energy_and_grad(x, sigma)
-    mean = problem.conditional_mean(x - grad, sigma)
-    return (mean if noise is None else mean + noise), energy
+    energy, grad = problem.energy_and_grad(problem.from_basis(z), sigma)
+    weights = StepWeights(z_pull=1.0, z_w=1.0)
+    return problem.step(z, None, grad, sigma, weights, counters).z, energy
 
 
 def sample(
@@ -52,6 +54,7 @@ def sample(
     """
     count = len(noise.chain_ids)
     x = options.sigma_max * noise.at(0, problem.dtype)(problem.image_shape)
+    z = problem.to_basis(x)
     energy = torch.zeros(count, dtype=x.dtype, device=x.device)
     iteration = 0
     for level in schedule(options):
@@ -59,7 +62,6 @@ def sample(
         for inner in range(options.steps):
             iteration += 1
             last = inner == options.steps - 1
-            drawn = None if last else problem.draw(noise.at(iteration, problem.dtype), sigma)
-            x, energy = step(problem, x, sigma, drawn)
+            z, energy = step(problem, z, sigma, None if last else noise.counters(iteration))
             progress(count)
-    return x, energy
+    return problem.from_basis(z), energy

@@ -112,7 +112,7 @@ def anneal(
     if weigh and mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
         state, _, ancestors, weights = _resample(noise, state, state.x, ancestors, weights)
         resamplings += 1
-    energy, grad = problem.energy_and_grad(state.x, state.sigma)
+    energy, grad = problem.energy_and_grad(state.x, levels_of(state.sigma, count, state.x))
     progress(count)
     state = kinetic.finish(problem, state, grad)
     return Path(state.x, energy, ancestors, evaluations + count, state.diverged, weights, resamplings)
@@ -134,6 +134,7 @@ def _resample(
     state = replace(
         state,
         x=state.x[parents],
+        z=state.z[parents],
         u=state.u[parents],
         diverged=state.diverged[parents],
         limit=state.limit[parents],

@@ -11,25 +11,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from alpenglow.kernels.step_weights import StepWeights
 from alpenglow.operators.base import per_image
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 LARGEST_MEMORY = 0.8
 """Momentum that survives a step at most: above it errors of the denoiser are amplified (DESIGN 2)."""
 
+_RANGE = 1000.0
+"""Chains beyond this times their largest first coefficient have diverged."""
+
 
 @dataclass(frozen=True)
 class KineticState:
     """Chains between two steps.
 
-    x, u: positions and momenta (in units of position), [B, C, H, W]. sigma: level of the last step, [B].
-    iteration: steps done, the counter of the noise. diverged: [B] bool, chains that left any reasonable range
-    and are held where they were.
+    x: images [B, C, H, W]. z, u: positions and momenta (in units of position) in the operator's basis, where
+    steps are taken; in that of the pixels z is x. sigma: level of the last step. iteration: steps done, the
+    counter of the noise. diverged: [B] bool, chains that left any reasonable range and are held where they
+    were. limit [B]: that range, for the elements of z.
     """
 
     x: Tensor
+    z: Tensor
     u: Tensor
-    sigma: Tensor
+    sigma: float
     iteration: int
     diverged: Tensor
     limit: Tensor
@@ -38,12 +44,16 @@ class KineticState:
 def init(problem: Problem, noise: Noise, sigma: float) -> KineticState:
     """Chains at P A^T y / eta^2 + w, w ~ N(0, P), with momenta from N(0, P), at level sigma."""
     count = len(noise.chain_ids)
-    level = torch.full((count,), sigma, dtype=problem.dtype, device=noise.chain_ids.device)
-    w = problem.draw(noise.at(0, problem.dtype), level)
-    x = problem.conditional_mean(torch.zeros_like(w), level) + w
-    u = problem.draw(noise.at(0, problem.dtype, draw=1), level)
-    limit = 100 * (sigma + x.abs().amax((1, 2, 3)))
-    return KineticState(x, u, level, 0, torch.zeros_like(level, dtype=torch.bool), limit)
+    nothing = torch.zeros(count, *problem.image_shape, dtype=problem.dtype, device=noise.chain_ids.device)
+    level = levels_of(sigma, count, nothing)
+    z = problem.step(
+        problem.to_basis(nothing), None, nothing, level, StepWeights(z_w=1.0), noise.counters(0)
+    ).z
+    u = problem.draw_in_basis(noise.counters(0, draw=1), level)
+    parts = torch.view_as_real(z) if z.is_complex() else z
+    limit = _RANGE * parts.abs().flatten(1).amax(1)
+    diverged = torch.zeros_like(level, dtype=torch.bool)
+    return KineticState(problem.from_basis(z), z, u, sigma, 0, diverged, limit)
 
 
 def memory(step_size: float, sigma: float, top_std: float) -> float:
@@ -66,24 +76,49 @@ def step(
 ) -> KineticState:
     """One step at level sigma from `grad`, the prior's G at state.x and sigma."""
     iteration = state.iteration + 1
-    level = levels_of(sigma, len(state.x), state.x)
-    # Momenta keep their law N(0, P) where the prior rules, P = sigma^2.
-    u = state.u * per_image(level / state.sigma, state.x)
-    pull = problem.conditional_mean(state.x - grad, level) - state.x
-    u = u + (step_size if state.iteration else step_size / 2) * pull
-    x = state.x + step_size / 2 * u
-    w = problem.draw(noise.at(iteration, problem.dtype), level)
-    u = memory * u + math.sqrt(1 - memory**2) * w
-    x = x + step_size / 2 * u
-    broken = ~(x.abs().amax((1, 2, 3)) <= state.limit)  # NaN compares false
-    diverged = state.diverged | broken
-    keep = diverged[:, None, None, None]
+    weights = baoab(
+        step_size,
+        memory,
+        # Momenta keep their law N(0, P) where the prior rules, P = sigma^2.
+        momentum_scale=sigma / state.sigma,
+        first=state.iteration == 0,
+    )
+    moved = problem.step(
+        state.z,
+        state.u,
+        grad,
+        levels_of(sigma, len(state.x), state.x),
+        weights,
+        noise.counters(iteration),
+        limit=torch.where(state.diverged, -1, state.limit),
+    )
+    assert moved.u is not None
+    diverged = state.diverged | ~(moved.largest <= state.limit)  # NaN compares false
     return KineticState(
-        torch.where(keep, state.x, x), torch.where(keep, 0, u), level, iteration, diverged, state.limit
+        problem.from_basis(moved.z), moved.z, moved.u, sigma, iteration, diverged, state.limit
+    )
+
+
+def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool) -> StepWeights:
+    """The weights of u <- a u + h pull; z += h/2 u; u <- c u + (1 - c^2)^(1/2) w; z += h/2 u.
+
+    a: momentum_scale, c: memory, h: step_size; the first step of all takes half a kick.
+    """
+    kick = step_size / 2 if first else step_size
+    fresh = math.sqrt(1 - memory**2)
+    both = step_size / 2 * (1 + memory)
+    return StepWeights(
+        z_pull=both * kick,
+        z_u=both * momentum_scale,
+        z_w=step_size / 2 * fresh,
+        u_pull=memory * kick,
+        u_u=memory * momentum_scale,
+        u_w=fresh,
     )
 
 
 def finish(problem: Problem, state: KineticState, grad: Tensor) -> KineticState:
     """Remove the noise of the last level, x + P (D(x) - x) / sigma^2; `grad` is G at state.x, state.sigma."""
-    solved = problem.operator.solve(-grad, state.sigma, problem.noise_std)
-    return replace(state, x=state.x + solved / per_image(state.sigma.square(), state.x))
+    level = levels_of(state.sigma, len(grad), grad)
+    x = state.x + problem.operator.solve(-grad, level, problem.noise_std) / per_image(level.square(), grad)
+    return replace(state, x=x, z=problem.to_basis(x))

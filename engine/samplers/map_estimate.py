@@ -56,7 +56,7 @@ def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tenso
     """U and the majoriser's minimiser mu(x); 1 NFE."""
     energy, grad = problem.energy_and_grad(x, sigma)
     value = energy.double() / sigma.double().square() + problem.misfit(x)
-    return value.item(), problem.conditional_mean(x - grad, sigma)
+    return value.item(), problem.target(x, grad, sigma)
 
 
 def find(
@@ -67,7 +67,7 @@ def find(
     x = torch.zeros(1, *problem.image_shape, dtype=problem.dtype, device=device)
     for level in geometric_levels(options.sigma_max, options.sigma, options.levels):
         sigma = levels_of(level, 1, x)
-        x = problem.conditional_mean(x - problem.energy_and_grad(x, sigma)[1], sigma)
+        x = problem.target(x, problem.energy_and_grad(x, sigma)[1], sigma)
         progress(1)
     sigma = levels_of(options.sigma, 1, x)
     value, target = _objective(problem, x, sigma)

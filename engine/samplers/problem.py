@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.philox import standard_normals
-from alpenglow.operators.base import LinearOperator, Normal
+from alpenglow.kernels.philox import chain_counters
+from alpenglow.kernels.step_weights import Step, StepWeights
+from alpenglow.operators.base import LinearOperator, Normal, normal_streams
 from alpenglow.priors.protocol import Prior
 
 
@@ -47,6 +49,50 @@ class Problem:
         """A sample of N(0, P(sigma)) for each sigma [B]: [B, C, H, W]."""
         return self.operator.draw(normal, self.image_shape, sigma, self.noise_std)
 
+    @cached_property
+    def data(self) -> Tensor:
+        """The measurement as the operator's steps want it."""
+        return self.operator.data_term(self.y)
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the basis in which the operator's steps keep chains."""
+        return self.operator.to_basis(x)
+
+    def from_basis(self, z: Tensor) -> Tensor:
+        """Images [B, C, H, W] of what `to_basis` returned."""
+        return self.operator.from_basis(z, self.image_shape)
+
+    def step(
+        self,
+        z: Tensor,
+        u: Tensor | None,
+        grad: Tensor,
+        sigma: Tensor,
+        weights: StepWeights,
+        counters: Tensor | None,
+        limit: Tensor | None = None,
+    ) -> Step:
+        """One Langevin step in the operator's basis (kernels/step_weights.py); grad: G, an image; sigma [B].
+
+        counters: of the noise, None for none; limit [B]: see LinearOperator.step, None for none.
+        """
+        if limit is None:
+            limit = torch.full((1,), torch.inf, dtype=sigma.dtype, device=sigma.device)
+        return self.operator.step(self.data, z, u, grad, sigma, self.noise_std, weights, limit, counters)
+
+    def target(self, x: Tensor, grad: Tensor, sigma: Tensor) -> Tensor:
+        """mu(x) = P (A^T y / eta^2 + (x - G) / sigma^2) [B, C, H, W]: a step without noise."""
+        return self.from_basis(self.step(self.to_basis(x), None, grad, sigma, StepWeights(), None).z)
+
+    def draw_in_basis(self, counters: Tensor, sigma: Tensor) -> Tensor:
+        """A sample of N(0, P(sigma)) for each sigma [B], in the operator's basis; see `step`."""
+        nothing = torch.zeros(len(sigma), *self.image_shape, dtype=self.dtype, device=sigma.device)
+        unlimited = torch.full((1,), torch.inf, dtype=sigma.dtype, device=sigma.device)
+        return self.operator.step(
+            torch.zeros_like(self.data), self.to_basis(nothing), None, nothing, sigma, self.noise_std,
+            StepWeights(z_w=1.0), unlimited, counters,
+        ).z  # fmt: skip
+
     def misfit(self, x: Tensor) -> Tensor:
         """-log p(y | x) up to a constant, ||y - A x||^2 / (2 eta^2), float64 [B]."""
         residual = self.y - self.operator.forward(x)
@@ -69,16 +115,13 @@ class Noise:
     seed: int
     chain_ids: Tensor
 
+    def counters(self, iteration: int, *, draw: int = 0) -> Tensor:
+        """Philox counters [B, 4] of one draw of one iteration; a draw may use 16 streams."""
+        return chain_counters(self.seed, self.chain_ids, iteration=iteration, stream=16 * draw)
+
     def at(self, iteration: int, dtype: torch.dtype = torch.float32, *, draw: int = 0) -> Normal:
         """normal(shape) -> [B, *shape] for one draw of one iteration; each call takes the next stream."""
-        streams = iter(range(16 * draw, 16 * (draw + 1)))
-
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            stream = next(streams)
-            values = standard_normals(self.seed, self.chain_ids, shape, iteration=iteration, stream=stream)
-            return values.to(dtype)
-
-        return normal
+        return normal_streams(self.counters(iteration, draw=draw), dtype)
 
 
 def levels_of(sigma: float, count: int, like: Tensor) -> Tensor:
