@@ -69,10 +69,12 @@ def chain_counters(seed: int, chain_ids: Tensor, *, iteration: int = 0, stream: 
     chain_ids: [B] int64 in [0, 2^32); iteration and stream in the same range. `stream` separates several
     draws within one iteration. The seed is taken modulo 2^64.
     """
-    seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
-    other = torch.tensor([seed, 0, iteration, stream], dtype=torch.int64, device=chain_ids.device)
-    counters = other.repeat(len(chain_ids), 1)
+    # Filled number by number: copying a host tensor would make a GPU wait.
+    counters = torch.empty(len(chain_ids), 4, dtype=torch.int64, device=chain_ids.device)
+    counters[:, 0] = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
     counters[:, 1] = chain_ids
+    counters[:, 2] = iteration
+    counters[:, 3] = stream
     return counters
 
 

@@ -5,6 +5,7 @@ step_weights.py for the step; here P_i = sigma^2 eta^2 / (m_i sigma^2 + eta^2) a
 pull_i = P_i ((A^T y)_i / eta^2 - m_i x_i / eta^2 - G_i / sigma^2), m the diagonal of A^T A.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -239,7 +240,7 @@ def _period(diagonal: Tensor, x: Tensor) -> Tensor:
         shape = shape[1:]
     if shape != x.shape[x.ndim - len(shape) :]:  # another kind of broadcasting, one row for all rows say
         diagonal = diagonal.expand(len(diagonal), *x.shape[1:])
-    return diagonal.reshape(len(diagonal), -1)
+    return diagonal.reshape(len(diagonal), math.prod(diagonal.shape[1:]))
 
 
 @jit

@@ -106,7 +106,7 @@ def hold(new: Tensor, old: Tensor, limit: Tensor) -> tuple[Tensor, Tensor | None
     """
     size = new.abs()
     largest = size.flatten(1).amax(1) if size.numel() else size.new_zeros(len(new))
-    largest = largest.nan_to_num_(nan=torch.inf)
+    largest = largest.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     limit = limit.to(size.dtype)
     if new.device.type == "cpu" and bool((largest <= limit).all()):
         return new, None, largest

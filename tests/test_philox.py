@@ -8,7 +8,21 @@ import torch
 from scipy.stats import kstest, norm
 from torch import Tensor
 
-from alpenglow.kernels.philox import philox4x32, standard_normals, uniforms
+from alpenglow.kernels import triton_support
+from alpenglow.kernels.philox import (
+    _cosine_sine,
+    _radius,
+    chain_counters,
+    chain_normals,
+    philox4x32,
+    philox_words,
+    standard_normals,
+    uniforms,
+)
+from alpenglow.kernels.triton_support import tl
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not triton_support.AVAILABLE, reason="needs triton")
 
 WORD = 0xFFFFFFFF
 
@@ -196,3 +210,78 @@ def test_uniforms() -> None:
     for other in ({"iteration": 2, "stream": 2**20}, {"iteration": 1, "stream": 0}):
         correlation = torch.corrcoef(torch.stack([drawn, uniforms(5, ids, **other)]))[0, 1].item()
         assert abs(correlation) < 4 / math.sqrt(len(ids))
+
+
+def test_counters_of_many_requests_in_one_call() -> None:
+    """Each row has a seed, an iteration and a stream of its own; seeds beyond 2^63 wrap."""
+    seeds = [3, 2**63 + 5, -1]
+    rows = [
+        chain_counters(seed, torch.tensor([chain]), iteration=chain + 2, stream=chain)
+        for chain, seed in enumerate(seeds)
+    ]
+    together = chain_normals(torch.cat(rows), (3, 5))
+    for chain, seed in enumerate(seeds):
+        alone = standard_normals(seed, torch.tensor([chain]), (3, 5), iteration=chain + 2, stream=chain)
+        assert torch.equal(together[chain], alone[0])
+
+
+@triton_support.jit
+def _words_kernel(out_ptr, quads_ptr, counters_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    seed = tl.load(counters_ptr)
+    chain, iteration = tl.load(counters_ptr + 1), tl.load(counters_ptr + 2)
+    w0, w1, w2, w3 = philox_words(tl.load(quads_ptr + at), seed, chain, iteration, tl.load(counters_ptr + 3))
+    tl.store(out_ptr + at, w0.to(tl.int64))
+    tl.store(out_ptr + SIZE + at, w1.to(tl.int64))
+    tl.store(out_ptr + 2 * SIZE + at, w2.to(tl.int64))
+    tl.store(out_ptr + 3 * SIZE + at, w3.to(tl.int64))
+
+
+@triton_support.jit
+def _normals_kernel(out_ptr, words_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    radius = _radius(tl.load(words_ptr + at).to(tl.uint32))
+    cosine, sine = _cosine_sine(tl.load(words_ptr + SIZE + at).to(tl.uint32))
+    tl.store(out_ptr + at, radius)
+    tl.store(out_ptr + SIZE + at, cosine)
+    tl.store(out_ptr + 2 * SIZE + at, sine)
+
+
+def triton_words(quads: list[int], rest: list[int], key: list[int]) -> list[list[int]]:
+    """The words of the Triton function for counters (quad, *rest), all numbers 32-bit words."""
+    seed = (key[0] | key[1] << 32) - (2**64 if key[1] >> 31 else 0)
+    counters = torch.tensor([seed, rest[1], rest[0], rest[2]]).to(DEVICE)
+    out = torch.zeros(4, len(quads), dtype=torch.int64, device=DEVICE)
+    _words_kernel[(1,)](out, torch.tensor(quads).to(DEVICE), counters, SIZE=len(quads))
+    return out.T.tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
+def test_triton_known_answers(counter: str, key: str, expected: str) -> None:
+    quad, *rest = words(counter)
+    assert triton_words([quad, quad], rest, words(key)) == [words(expected)] * 2
+
+
+@needs_triton
+def test_triton_words_are_those_of_the_twin() -> None:
+    draws = torch.randint(0, 2**32, (20, 21), generator=torch.Generator().manual_seed(0)).tolist()
+    for row in draws:
+        quads, rest, key = row[:16], row[16:19], row[19:]
+        assert triton_words(quads, rest, key) == [run([quad, *rest], key) for quad in quads]
+
+
+@needs_triton
+def test_triton_normals_to_float32_rounding() -> None:
+    """Also at both ends of the words, where a hardware logarithm has no digits left."""
+    ends = torch.cat([torch.arange(128), 2**31 - 64 + torch.arange(128), 2**32 - 128 + torch.arange(128)])
+    random = torch.randint(0, 2**32, (2, 2048 - len(ends)), generator=torch.Generator().manual_seed(1))
+    drawn = torch.cat([ends.expand(2, -1), random], dim=1)
+    out = torch.zeros(3, 2048, device=DEVICE)
+    _normals_kernel[(1,)](out, drawn.to(DEVICE), SIZE=2048)
+    exact = drawn.double() / 2**32
+    radius = (-2 * torch.log1p(-(1 - (drawn[0].double() + 1) / 2**32))).sqrt()
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(out[0].cpu().double(), radius, rtol=4 * eps, atol=0)
+    torch.testing.assert_close(out[1].cpu().double(), (2 * math.pi * exact[1]).cos(), rtol=0, atol=2 * eps)
+    torch.testing.assert_close(out[2].cpu().double(), (2 * math.pi * exact[1]).sin(), rtol=0, atol=2 * eps)
