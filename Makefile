@@ -14,7 +14,9 @@ FASHION_IMAGES := $(FASHION)/train-images-idx3-ubyte.gz
 # A plain torch brings gigabytes of CUDA, which only a machine with an NVIDIA driver can use.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: help demo test lint types data bench clean
+PYTHON_HERE := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+
+.PHONY: help demo test lint types data bench gpu-check kernel-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,8 @@ help:
 	@echo "make types   mypy on the package"
 	@echo "make data    Fashion-MNIST for training, in $(FASHION)"
 	@echo "make bench   the benchmarks"
+	@echo "make gpu-check  tests and times the kernels on this machine's CUDA GPU; installs nothing"
+	@echo "make kernel-table  compiles every kernel for GPUs that are not here: docs/kernels-compiled.md"
 	@echo "make clean   removes the virtual environment and what was built, keeps data, runs and demo"
 
 demo: $(STAMP)
@@ -48,6 +52,16 @@ ifeq ($(SUITES),)
 else
 	$(VENV)/bin/pytest --benchmark-only $(SUITES)
 endif
+
+# On a GPU machine torch is already there, and there may be no network: the Python that runs it is the user's
+# (PYTHON=...), or that of .venv where there is one. The tree is laid out as the package by links.
+gpu-check:
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/alpenglow
+	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/export" $(TYPES)/alpenglow/
+	PYTHONPATH="$(CURDIR)/$(TYPES):$(CURDIR):$$PYTHONPATH" $(PYTHON_HERE) -m benchmarks.gpu_check
+
+kernel-table: $(STAMP)
+	$(VENV)/bin/python -m alpenglow.kernels.ahead_of_time -o docs/kernels-compiled.md
 
 data: $(FASHION_IMAGES)
 

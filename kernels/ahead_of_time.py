@@ -164,10 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Compile every variant for every target, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
+    parser.add_argument("-o", "--output", type=Path, help="write to this file instead")
     options = parser.parse_args(arguments)
     rows = [compile_variant(variant, target) for variant in VARIANTS for target in TARGETS]
     shown: Any = json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows)
-    print(shown)
+    if options.output:
+        options.output.write_text(shown, encoding="utf-8")
+    else:
+        print(shown)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Each kernel beside what it replaces: the composition of torch operators that the published code uses.
+
+The compositions are what a user of torch would write, and what ALPS (arXiv 2601.02594) does: full complex
+FFTs, torch.randn, a temporary for every operator.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpenglow.kernels.group_norm_silu import composition, group_norm_silu
+from alpenglow.kernels.philox import chain_counters
+from alpenglow.kernels.pixel_step import pixel_step
+from alpenglow.kernels.spectral_step import spectral_step
+from alpenglow.kernels.step_weights import StepWeights, coefficients
+
+KINETIC = StepWeights(0.9, 0.7, 0.6, 0.5, 0.5, 0.8)
+ALPS = StepWeights(z_pull=1.0, z_w=1.0)
+SIGMA, NOISE_STD = 0.5, 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """kernel and eager do the same work (noise aside); bytes is the least that must move, 0 if unknown."""
+
+    name: str
+    kernel: Callable[[], object]
+    eager: Callable[[], object]
+    bytes: int = 0
+
+
+def _images(device: str, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def pixel_cases(device: str, batch: int, size: int) -> list[Case]:
+    """Inpainting with one mask for all chains."""
+    x, u, grad = (_images(device, batch, 3, size, size) for _ in range(3))
+    mask = (_images(device, size, size) > 0)[None]
+    data = _images(device, 1, 3, size, size) * mask
+    sigma = torch.full((batch,), SIGMA, device=device)
+    level = sigma.square()[:, None, None, None]
+    limit = torch.full((batch,), 1e6, device=device)
+    counters = chain_counters(0, torch.arange(batch, device=device))
+    eta2, a = NOISE_STD**2, KINETIC
+
+    def published(x: Tensor, grad: Tensor) -> Tensor:
+        precision = mask / eta2 + 1 / level
+        return (data / eta2 + (x - grad) / level) / precision + torch.randn_like(x) / precision.sqrt()
+
+    def kinetic(x: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        precision = mask / eta2 + 1 / level
+        pull = (data / eta2 + (x - grad) / level) / precision - x
+        w = torch.randn_like(x) / precision.sqrt()
+        return (
+            x + a.z_pull * pull + a.z_u * u + a.z_w * w,
+            a.u_pull * pull + a.u_u * u + a.u_w * w,
+        )
+
+    eager = {"alps": lambda: published(x, grad), "kinetic": lambda: kinetic(x, u, grad)}
+    compiled = {"alps": (published, (x, grad)), "kinetic": (kinetic, (x, u, grad))}
+    cases = []
+    for name, weights, momentum, passes in (("alps", ALPS, None, 3), ("kinetic", KINETIC, u, 5)):
+        table = coefficients(sigma, NOISE_STD, weights)
+        cases.append(
+            Case(
+                f"pixel_step, {name}",
+                lambda table=table, momentum=momentum: pixel_step(
+                    x, momentum, grad, data, mask, table, limit, counters
+                ),
+                eager[name],
+                passes * x.nbytes + data.nbytes + mask.nbytes,
+            )
+        )
+        COMPILABLE[cases[-1].name] = compiled[name]
+    return cases
+
+
+COMPILABLE: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {}
+"""The functions and arguments behind `Case.eager`, for torch.compile."""
+
+
+def spectral_cases(device: str, batch: int, size: int) -> list[Case]:
+    """Deblurring: the kernel alone, and the whole step with its two FFTs against five full ones."""
+    x, u, grad = (_images(device, batch, 3, size, size) for _ in range(3))
+    transfer = torch.fft.fft2(_images(device, size, size) / size)
+    half = transfer[:, : size // 2 + 1]
+    m = half.abs().square().contiguous()
+    data = torch.fft.rfft2(_images(device, 1, 3, size, size)) * half.conj()
+    sigma = torch.full((batch,), SIGMA, device=device)
+    level = sigma.square()[:, None, None, None]
+    limit = torch.full((batch,), 1e9, device=device)
+    counters = chain_counters(0, torch.arange(batch, device=device))
+    eta2 = NOISE_STD**2
+    y = torch.fft.irfft2(data, s=(size, size))
+    z, v, g = (torch.fft.rfft2(part) for part in (x, u, grad))
+    kinetic, alps = (coefficients(sigma, NOISE_STD, weights) for weights in (KINETIC, ALPS))
+
+    def whole() -> Tensor:
+        moved = spectral_step(z, None, torch.fft.rfft2(grad), data, m, alps, limit, counters, width=size)
+        return torch.fft.irfft2(moved.z, s=(size, size))
+
+    def published(x: Tensor, grad: Tensor) -> Tensor:
+        precision = transfer.abs().square() / eta2 + 1 / level
+        spectrum = torch.fft.fft2(y) / eta2 + torch.fft.fft2(x - grad) / level
+        noise = torch.fft.fft2(torch.randn_like(x)) / precision.sqrt()
+        return torch.fft.ifft2(spectrum / precision).real + torch.fft.ifft2(noise).real
+
+    def kinetic_eager(z: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        a, precision = KINETIC, m / eta2 + 1 / level
+        pull = ((data - m * z) / eta2 - g / level) / precision
+        w = torch.fft.rfft2(torch.randn_like(x)) / precision.sqrt()
+        return z + a.z_pull * pull + a.z_u * v + a.z_w * w, a.u_pull * pull + a.u_u * v + a.u_w * w
+
+    COMPILABLE["spectral_step, alps with FFTs"] = (published, (x, grad))
+    COMPILABLE["spectral_step, kinetic"] = (kinetic_eager, (z, v, g))
+    return [
+        Case(
+            "spectral_step, kinetic",
+            lambda: spectral_step(z, v, g, data, m, kinetic, limit, counters, width=size),
+            lambda: kinetic_eager(z, v, g),
+            5 * z.nbytes + data.nbytes + m.nbytes,
+        ),
+        Case("spectral_step, alps with FFTs", whole, lambda: published(x, grad)),
+    ]
+
+
+def group_norm_cases(device: str, batch: int, size: int) -> list[Case]:
+    """Forward, and forward with the derivative, channels last in float16 on a GPU."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    x = _images(device, batch, 128, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(128, device=device), torch.zeros(128, device=device)
+
+    def derivative(norm: Callable[..., Tensor]) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(norm(leaf, 32, weight, bias, 1e-6), leaf, x)[0]
+
+    COMPILABLE["group_norm_silu, forward"] = (lambda x: composition(x, 32, weight, bias, 1e-6), (x,))
+    return [
+        Case(
+            "group_norm_silu, forward",
+            lambda: group_norm_silu(x, 32, weight, bias, 1e-6),
+            lambda: composition(x, 32, weight, bias, 1e-6),
+            2 * x.nbytes,
+        ),
+        Case(
+            "group_norm_silu, forward and derivative",
+            lambda: derivative(group_norm_silu),
+            lambda: derivative(composition),
+            5 * x.nbytes,
+        ),
+    ]
+
+
+FAMILIES: dict[str, Callable[[str, int, int], list[Case]]] = {
+    "pixel_step": pixel_cases,
+    "spectral_step": spectral_cases,
+    "group_norm_silu": group_norm_cases,
+}
+"""A kernel's cases are one function above and one line here."""
