@@ -133,7 +133,7 @@ def _(*arguments: Any) -> Outputs:
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape if given.u is not None else 0),
-        x.new_empty(len(x), STATISTICS),
+        x.new_empty(x.shape[0], STATISTICS),
         _network_input(given),
     )
 

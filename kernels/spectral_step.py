@@ -91,7 +91,7 @@ def _(*arguments: Any) -> Outputs:
     given = Inputs(*arguments)
     z = given.z
     momentum = z.new_empty(0) if given.u is None else torch.empty_like(z)
-    return torch.empty_like(z), momentum, given.limit.new_empty(len(z))
+    return torch.empty_like(z), momentum, given.limit.new_empty(z.shape[0])
 
 
 def twin(given: Inputs) -> Outputs:

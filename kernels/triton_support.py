@@ -5,6 +5,7 @@ Importing a kernel's file must work without triton: kernels then stay plain func
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ try:
     jit: Callable[[Any], Any] = triton.jit
     AVAILABLE = True
 except ImportError:  # pragma: no cover - the tests' environment has it
-    tl = None
+    tl = SimpleNamespace(constexpr=int)  # all that a kernel's signature names
     AVAILABLE = False
     Kernel = TypeVar("Kernel")
 

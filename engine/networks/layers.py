@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alpenglow.kernels.group_norm_silu import group_norm_silu
+
 Resampling = Literal["up", "down"]
 
 
@@ -99,8 +101,9 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
         super().__init__(min(32, channels // 4), channels, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] plus shift [B, C], normalised; then SiLU on request."""
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, shift=shift)
 
 
 class PositionalEmbedding(nn.Module):
@@ -170,8 +173,8 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, in_channels, H, W], emb [B, emb_channels] -> [B, out_channels, H', W']."""
-        y = self.conv0(F.silu(self.norm0(x)))
-        y = F.silu(self.norm1(y + self.affine(emb)[:, :, None, None].to(y.dtype)))
+        y = self.conv0(self.norm0(x, silu=True))
+        y = self.norm1(y, silu=True, shift=self.affine(emb))
         y = self.conv1(F.dropout(y, self.dropout, self.training))
         y = (y + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         return self._attend(y) if self.num_heads else y

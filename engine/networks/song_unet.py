@@ -156,9 +156,9 @@ class SongUNet(nn.Module):
             if name.endswith("_aux_up"):
                 output = layer(output)
             elif name.endswith("_aux_norm"):
-                normed = layer(x)
+                normed = layer(x, silu=True)
             elif name.endswith("_aux_conv"):
-                image = layer(F.silu(normed))
+                image = layer(normed)
                 output = image if output is None else output + image
             else:
                 if x.shape[1] != layer.in_channels:
