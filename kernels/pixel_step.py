@@ -65,10 +65,11 @@ def pixel_step(
     A kernel on CUDA (float32), plain torch elsewhere; chains do not depend on each other, bit for bit.
     Source: DESIGN 2; running moments: Welford (1962).
     """
+    x_before, grad_before, u_before = previous or (None, None, None)
+    mean, m2, visits = moments or (None, None, None)
     given = Inputs(
-        x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept,
-        *(previous or (None, None, None)), *(moments or (None, None, None)), network_scale,
-        network_dtype or x.dtype, statistics,
+        x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept, x_before,
+        grad_before, u_before, mean, m2, visits, network_scale, network_dtype or x.dtype, statistics,
     )  # fmt: skip
     for tensor in (*(previous or ()), *(moments or ())):
         if tensor is not None and not tensor.is_contiguous():
@@ -103,7 +104,7 @@ class Inputs(NamedTuple):
     u_before: Tensor | None
     mean: Tensor | None
     m2: Tensor | None
-    count: Tensor | None
+    visits: Tensor | None
     network_scale: Tensor | None
     network_dtype: torch.dtype
     statistics: bool
@@ -118,7 +119,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
     mutates_args=("x_before", "grad_before", "u_before", "mean", "m2"),
     schema="(Tensor x, Tensor? u, Tensor grad, Tensor data, Tensor diagonal, Tensor table, Tensor limit, "
     "Tensor? counters, Tensor? pulled, Tensor? grad_weights, Tensor? accept, Tensor(a!)? x_before, "
-    "Tensor(b!)? grad_before, Tensor(c!)? u_before, Tensor(d!)? mean, Tensor(e!)? m2, Tensor? count, "
+    "Tensor(b!)? grad_before, Tensor(c!)? u_before, Tensor(d!)? mean, Tensor(e!)? m2, Tensor? visits, "
     "Tensor? network_scale, ScalarType network_dtype, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _operator(*arguments: Any) -> Outputs:
@@ -178,9 +179,9 @@ def twin(given: Inputs) -> Outputs:
         momentum.masked_fill_(beyond, 0)
     if given.mean is not None:
         assert given.m2 is not None
-        assert given.count is not None
+        assert given.visits is not None
         change = new - given.mean
-        given.mean.add_(change / given.count.to(x.dtype).reshape(-1, *ones))
+        given.mean.add_(change / given.visits.to(x.dtype).reshape(-1, *ones))
         given.m2.add_(change.mul_(new - given.mean))
     scaled = _network_input(given)
     if given.network_scale is not None:
@@ -213,7 +214,7 @@ def launch(given: Inputs) -> Outputs:
         pointers = (
             x, given.u, given.grad, given.pulled, given.data, diagonal, given.table, given.limit,
             given.counters, given.grad_weights, given.accept, given.x_before, given.grad_before,
-            given.u_before, given.mean, given.m2, given.count, given.network_scale,
+            given.u_before, given.mean, given.m2, given.visits, given.network_scale,
             new, momentum, scaled, partial,
         )  # fmt: skip
         kernel[(batch * blocks,)](
@@ -221,7 +222,7 @@ def launch(given: Inputs) -> Outputs:
             size, blocks, diagonal.shape[1], x.shape[1],
             *(batch_stride(each, batch) for each in (given.data, diagonal, given.table, given.limit)),
             *(0 if each is None else batch_stride(each, batch)
-              for each in (given.grad_weights, given.count, given.network_scale)),
+              for each in (given.grad_weights, given.visits, given.network_scale)),
             MOMENTUM=given.u is not None, NOISE=given.counters is not None, PULLED=given.pulled is not None,
             METROPOLIS=given.accept is not None, MOMENTS=given.mean is not None,
             NETWORK=given.network_scale is not None, REPEATED=diagonal.shape[1] != size, BLOCK=block,
@@ -244,7 +245,7 @@ def _period(diagonal: Tensor, x: Tensor) -> Tensor:
 
 
 @jit
-def kernel(
+def kernel(  # type: ignore[no-untyped-def]
     x_ptr, u_ptr, grad_ptr, pulled_ptr, data_ptr, diagonal_ptr, table_ptr, limit_ptr, counters_ptr,
     grad_weights_ptr, accept_ptr, x_before_ptr, grad_before_ptr, u_before_ptr, mean_ptr, m2_ptr, count_ptr,
     network_scale_ptr, new_ptr, momentum_ptr, scaled_ptr, partial_ptr,
@@ -252,7 +253,7 @@ def kernel(
     grad_weights_stride, count_stride, network_scale_stride,
     MOMENTUM: tl.constexpr, NOISE: tl.constexpr, PULLED: tl.constexpr, METROPOLIS: tl.constexpr,
     MOMENTS: tl.constexpr, NETWORK: tl.constexpr, REPEATED: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     chain = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     start = chain.to(tl.int64) * size

@@ -10,6 +10,7 @@ H - r: in the columns 0 and W / 2 these two are conjugate, in all others indepen
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def twin(given: Inputs) -> Outputs:
     z = torch.view_as_real(given.z)
     normals = None
     if given.counters is not None:
-        normals = torch.view_as_real(spectral_normals(given.counters, tuple(given.z.shape[1:]), given.width))
+        normals = torch.view_as_real(spectral_normals(given.counters, given.z.shape[1:], given.width))
         normals = normals.to(z.dtype)
     new, momentum = advance(
         z,
@@ -118,7 +119,7 @@ def twin(given: Inputs) -> Outputs:
     return torch.view_as_complex(new), torch.view_as_complex(momentum), largest
 
 
-def spectral_normals(counters: Tensor, shape: tuple[int, int, int], width: int) -> Tensor:
+def spectral_normals(counters: Tensor, shape: Sequence[int], width: int) -> Tensor:
     """The half spectrum of white noise N(0, 1) in each pixel, complex64 [B, *shape]; unnormalised, as rfft2.
 
     shape: (C, H, width // 2 + 1); counters: int64 [B, 4], see `philox.chain_counters`.
@@ -171,10 +172,10 @@ def launch(given: Inputs) -> Outputs:
 
 
 @jit
-def _advance(
+def _advance(  # type: ignore[no-untyped-def]
     z_ptr, u_ptr, grad_ptr, data_ptr, new_ptr, momentum_ptr, row, limit, start, data_start, at, inside, m, w,
     MOMENTUM: tl.constexpr, NOISE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Advance the numbers `at` (real and imaginary parts); m, w of their shape. The largest modulus."""
     z = tl.load(z_ptr + start + at, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + start + at, mask=inside, other=0.0)
@@ -204,13 +205,13 @@ def _advance(
 
 
 @jit
-def kernel(
+def kernel(  # type: ignore[no-untyped-def]
     z_ptr, u_ptr, grad_ptr, data_ptr, diagonal_ptr, table_ptr, limit_ptr, counters_ptr, new_ptr, momentum_ptr,
     partial_ptr,
     blocks, channels, height, columns, lanes, data_stride, diagonal_stride, table_stride, limit_stride,
     deviation,
     MOMENTUM: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     plane = tl.program_id(0) // blocks
     chain = plane // channels
     channel = plane % channels

@@ -3,6 +3,7 @@
 Importing a kernel's file must work without triton: kernels then stay plain functions that nobody calls.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ def batch_stride(x: Tensor, batch: int) -> int:
     """
     if len(x) not in (1, batch):
         raise ValueError(f"got {len(x)} images in {tuple(x.shape)}; expected 1 or {batch}")
-    return 0 if len(x) == 1 else x[0].numel()
+    return 0 if len(x) == 1 else math.prod(x.shape[1:])
 
 
 def unused(like: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def options(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
         },
         "moments": {
             "mean": numbers(*shape, seed=5), "m2": numbers(*shape, seed=6).square(),
-            "count": torch.tensor([5.0, 2.0, 9.0]),
+            "visits": torch.tensor([5.0, 2.0, 9.0]),
         },
         "network": {"network_scale": torch.tensor([0.5, 2.0, 1.0]), "network_dtype": torch.float16},
         "network bf16": {"network_scale": torch.tensor([0.5]), "network_dtype": torch.bfloat16},
