@@ -561,3 +561,40 @@ def test_bad_compositions() -> None:
 def test_public_names() -> None:
     for name in ("GaussianPrior", "GaussianMixturePrior", "NetworkPrior", "compose", "stack"):
         assert callable(getattr(ag.priors, name))
+
+
+class Ranged:
+    """A prior that knows its levels and its device, as networks do."""
+
+    image_shape = (1, 2, 2)
+
+    def __init__(self, low: float, high: float, device: str = "cpu") -> None:
+        self.sigma_range, self.device = (low, high), torch.device(device)
+
+    def energy_and_grad(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 0.5 * x.square().flatten(1).sum(1), x
+
+
+def test_composed_priors_know_their_levels_and_device() -> None:
+    gaussian = GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4))
+    for joined in (
+        compose({Ranged(0.01, 10.0): 1.0, Ranged(0.02, 20.0): 2.0, gaussian: 1.0}),
+        stack([Ranged(0.01, 10.0), Ranged(0.02, 20.0)]),
+    ):
+        assert joined.sigma_range == (0.02, 10.0)  # type: ignore[attr-defined]
+        assert joined.device == torch.device("cpu")  # type: ignore[attr-defined]
+    for join in (lambda a, b: compose({a: 1.0, b: 1.0}), lambda a, b: stack([a, b])):
+        with pytest.raises(ValueError, match="no noise level in common"):
+            join(Ranged(0.01, 0.1), Ranged(0.2, 1.0))
+        with pytest.raises(ValueError, match="move them to one device"):
+            join(Ranged(0.01, 0.1), Ranged(0.01, 0.1, device="meta"))
+        with pytest.raises(ValueError, match="str is not a prior"):
+            join(Ranged(0.01, 0.1), "fashion-28")
+
+
+def test_one_sample_and_one_measurement_at_least_and_at_most() -> None:
+    prior = GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4))
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        prior.sample(0)
+    with pytest.raises(ValueError, match="got 2 measurements"):
+        prior.posterior(Denoising(), torch.zeros(2, 1, 2, 2), 0.1)

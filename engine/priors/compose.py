@@ -1,27 +1,45 @@
 """Products of experts: weighted sums of energies, and experts side by side over channels."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from alpenglow.priors.protocol import Prior
+from alpenglow.priors.protocol import Prior, check_prior
 
 
-class _Sum:
-    def __init__(self, experts: Sequence[tuple[Prior, float]]) -> None:
-        self.experts = tuple(experts)
-        self.image_shape = self.experts[0][0].image_shape
+class _Experts:
+    """What experts have in common: levels that all know, and the device, None where no expert names one."""
 
-    def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [(weight, *prior.energy_and_grad(x, sigma)) for prior, weight in self.experts]
-        energy = torch.stack([weight * energy for weight, energy, _ in parts]).sum(0)
-        return energy, torch.stack([weight * grad for weight, _, grad in parts]).sum(0)
-
-
-class _Stack:
     def __init__(self, experts: Sequence[Prior]) -> None:
         self.experts = tuple(experts)
+        ranges = [getattr(prior, "sigma_range", (0.0, math.inf)) for prior in experts]
+        self.sigma_range = (max(low for low, _ in ranges), min(high for _, high in ranges))
+        if self.sigma_range[0] >= self.sigma_range[1]:
+            raise ValueError(f"the priors have no noise level in common: their sigma_range are {ranges}")
+        devices = {torch.device(d) for prior in experts if (d := getattr(prior, "device", None)) is not None}
+        if len(devices) > 1:
+            raise ValueError(f"the priors are on {sorted(map(str, devices))}; move them to one device")
+        self.device = devices.pop() if devices else None
+
+
+class _Sum(_Experts):
+    def __init__(self, experts: Mapping[Prior, float]) -> None:
+        super().__init__(list(experts))
+        self.weights = tuple(experts.values())
+        self.image_shape = self.experts[0].image_shape
+
+    def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [prior.energy_and_grad(x, sigma) for prior in self.experts]
+        weighted = list(zip(self.weights, parts, strict=True))
+        energy = torch.stack([weight * energy for weight, (energy, _) in weighted]).sum(0)
+        return energy, torch.stack([weight * grad for weight, (_, grad) in weighted]).sum(0)
+
+
+class _Stack(_Experts):
+    def __init__(self, experts: Sequence[Prior]) -> None:
+        super().__init__(experts)
         self.channels = [prior.image_shape[0] for prior in self.experts]
         self.image_shape = (sum(self.channels), *self.experts[0].image_shape[1:])
 
@@ -36,29 +54,30 @@ class _Stack:
 def compose(experts: Mapping[Prior, float]) -> Prior:
     """Prior with the energy sum_i weight_i E_i(x, sigma): the density is prod_i p_i^weight_i.
 
-    All experts see the whole image. Raises ValueError for no experts, weights that are not positive
-    numbers, or image shapes that differ.
+    All experts see the whole image. Raises ValueError for no experts, objects that are no priors, weights
+    that are not positive numbers, and priors that differ in image shape or device or share no noise level.
     """
     if not experts:
         raise ValueError("compose needs at least one prior, got none; pass {prior: weight, ...}")
-    shapes = {tuple(prior.image_shape) for prior in experts}
+    shapes = {check_prior(prior) for prior in experts}
     if len(shapes) > 1:
         raise ValueError(f"composed priors must share one image shape, got {sorted(shapes)}")
     for weight in experts.values():
         if not 0 < weight < float("inf"):
             raise ValueError(f"weights of composed priors must be positive and finite, got {weight}")
-    return _Sum(list(experts.items()))
+    return _Sum(experts)
 
 
 def stack(experts: Sequence[Prior]) -> Prior:
     """Prior over the experts' channels one after another: independent experts, energies add.
 
     stack([grey, grey]) makes a prior for complex images (real, imaginary) of one for real images.
-    Raises ValueError for no experts or heights and widths that differ.
+    Raises ValueError for no experts, objects that are no priors, and priors that differ in height, width or
+    device or share no noise level.
     """
     if not experts:
         raise ValueError("stack needs at least one prior, got none")
-    if len({tuple(prior.image_shape[1:]) for prior in experts}) > 1:
+    if len({check_prior(prior)[1:] for prior in experts}) > 1:
         raise ValueError(
             f"stacked priors must share height and width, got {[p.image_shape for p in experts]}"
         )

@@ -121,7 +121,9 @@ class GaussianMixturePrior:
         return self.covariance.diagonal().sqrt().reshape(self.image_shape)
 
     def sample(self, num_samples: int, *, seed: int = 0) -> Tensor:
-        """Exact samples [num_samples, C, H, W], float64."""
+        """Exact samples [num_samples, C, H, W], float64. Raises ValueError for num_samples below 1."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; expected a positive integer")
         generator = torch.Generator().manual_seed(seed)
         component = torch.multinomial(self.weights.cpu(), num_samples, replacement=True, generator=generator)
         normal = torch.randn(num_samples, self.means[0].numel(), generator=generator, dtype=torch.float64)
@@ -138,11 +140,13 @@ class GaussianMixturePrior:
         """The exact posterior p_sigma(x | y), again a mixture: its moments and samples are exact.
 
         y: one measurement, with or without a batch dimension of 1. `sigma` > 0 gives the static
-        posterior of an annealing level.
+        posterior of an annealing level. Raises ValueError for several measurements.
         """
         A = dense_matrix(operator, self.image_shape)
         if y.shape == operator.measurement_shape(self.image_shape):
             y = y[None]
+        if len(y) != 1:
+            raise ValueError(f"got {len(y)} measurements; expected one: each has a posterior of its own")
         data = flatten_measurement(y)[0]
         log_weights, means, covariances = [], [], []
         eye = torch.eye(A.shape[1], dtype=torch.float64)
