@@ -20,6 +20,7 @@ from alpenglow.kernels.triton_support import (
     next_power_of_2,
     runs_on,
     tl,
+    traced,
 )
 
 BLOCK = 1024
@@ -74,7 +75,7 @@ def pixel_step(
     for tensor in (*(previous or ()), *(moments or ())):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError("previous and moments must be contiguous: they are updated in place")
-    new, momentum, sums, scaled = _operator(*given)
+    new, momentum, sums, scaled = _operator(*given) if traced(x) else _run(given)
     return Step(
         new,
         None if u is None else momentum,
@@ -123,7 +124,10 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
     "Tensor? network_scale, ScalarType network_dtype, bool statistics) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _operator(*arguments: Any) -> Outputs:
-    given = Inputs(*arguments)
+    return _run(Inputs(*arguments))
+
+
+def _run(given: Inputs) -> Outputs:
     return launch(given) if runs_on(given.x) else twin(given)
 
 

@@ -25,6 +25,7 @@ from alpenglow.kernels.triton_support import (
     next_power_of_2,
     runs_on,
     tl,
+    traced,
 )
 
 BLOCK = 512
@@ -54,7 +55,8 @@ def spectral_step(
     """
     if z.shape[-1] != width // 2 + 1:
         raise ValueError(f"got a half spectrum of {z.shape[-1]} columns for images of width {width}")
-    new, momentum, largest = _operator(z, u, grad, data, diagonal, table, limit, counters, width)
+    given = Inputs(z, u, grad, data, diagonal, table, limit, counters, width)
+    new, momentum, largest = _operator(*given) if traced(z) else _run(given)
     return Step(new, None if u is None else momentum, largest)
 
 
@@ -83,7 +85,10 @@ Outputs = tuple[Tensor, Tensor, Tensor]
     "Tensor? counters, int width) -> (Tensor, Tensor, Tensor)",
 )
 def _operator(*arguments: Any) -> Outputs:
-    given = Inputs(*arguments)
+    return _run(Inputs(*arguments))
+
+
+def _run(given: Inputs) -> Outputs:
     return launch(given) if runs_on(given.z) else twin(given)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 try:
     import triton
@@ -31,6 +32,15 @@ except ImportError:  # pragma: no cover - the tests' environment has it
 def runs_on(x: Tensor) -> bool:
     """Whether the Triton kernels take this tensor; their twins take every other."""
     return AVAILABLE and x.is_cuda
+
+
+def traced(x: Tensor) -> bool:
+    """Whether torch.compile, export or make_fx is looking, which want the operator, not what it does.
+
+    Everyone else calls the launcher or the twin itself: an operator with many optional arguments costs more
+    than the kernel of a small batch.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 def next_power_of_2(n: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from alpenglow.kernels import pixel_step as module
 from alpenglow.kernels import triton_support
@@ -267,3 +268,12 @@ def test_bad_input() -> None:
     gaps = torch.zeros(2, 1, 4, 8)[..., ::2]
     with pytest.raises(ValueError, match="contiguous"):
         pixel_step(**case, moments=(gaps, torch.zeros(2, 1, 4, 4), torch.ones(1)))
+
+
+def test_tracing_sees_the_operator_and_nothing_else() -> None:
+    case = problem(2, (1, 4, 4))
+    step = make_fx(lambda x: pixel_step(**case | {"x": x}).z)(case["x"])
+    called = [str(node.target) for node in step.graph.nodes if node.op == "call_function"]
+    assert "alpenglow.pixel_step.default" in called
+    assert not any("mul" in name for name in called)
+    assert torch.equal(step(2 * case["x"]), pixel_step(**case | {"x": 2 * case["x"]}).z)
