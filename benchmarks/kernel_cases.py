@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpenglow.kernels.cg_update import cg_direction, cg_residual, cg_start
 from alpenglow.kernels.group_norm_silu import composition, group_norm_silu
 from alpenglow.kernels.philox import chain_counters
 from alpenglow.kernels.pixel_step import pixel_step
+from alpenglow.kernels.sense import prepare, sense_normal
 from alpenglow.kernels.spectral_step import spectral_step
 from alpenglow.kernels.step_weights import StepWeights, coefficients
 
@@ -154,9 +156,57 @@ def group_norm_cases(device: str, batch: int, size: int) -> list[Case]:
     ]
 
 
+def sense_cases(device: str, batch: int, size: int) -> list[Case]:
+    """The normal operator of 8 coils, against the published one with its fftshifts."""
+    chains = max(1, batch // 8)
+    x = _images(device, chains, 2, size, size)
+    maps = torch.view_as_complex(_images(device, 8, size, size, 2))
+    mask = _images(device, size, size) > 0
+    sense = prepare(maps, mask)
+
+    def centred(transform: Callable[..., Tensor], z: Tensor) -> Tensor:
+        shifted = torch.fft.ifftshift(z, dim=(-2, -1))
+        return torch.fft.fftshift(transform(shifted, norm="ortho"), dim=(-2, -1))
+
+    def published(x: Tensor) -> Tensor:
+        image = torch.complex(x[:, 0], x[:, 1])[:, None]
+        images = centred(torch.fft.ifft2, centred(torch.fft.fft2, image * maps) * mask)
+        combined = (images * maps.conj()).sum(1)
+        return torch.stack([combined.real, combined.imag], dim=1)
+
+    COMPILABLE["sense, normal operator"] = (published, (x,))
+    return [Case("sense, normal operator", lambda: sense_normal(x, sense), lambda: published(x))]
+
+
+def cg_cases(device: str, batch: int, size: int) -> list[Case]:
+    """What an iteration of CG does beside applying the operator."""
+    x, r, d, q = (_images(device, batch, 2, size, size) for _ in range(4))
+    eager_state = [part.clone() for part in (x, r, d)]
+    # The limit is 0: the images never count as done.
+    scalars = cg_start(r, r, torch.zeros(batch, device=device))
+
+    def fused() -> None:
+        cg_direction(x, d, r, r, scalars, cg_residual(r, d, q, scalars))
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+
+    def published(x: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rho = inner(r, r)
+        alpha = rho / inner(d, q)
+        x = x + alpha * d
+        r = r - alpha * q
+        return x, r, r + inner(r, r) / rho * d
+
+    COMPILABLE["cg_update, an iteration"] = (published, tuple(eager_state))
+    return [Case("cg_update, an iteration", fused, lambda: published(*eager_state), 10 * x.nbytes)]
+
+
 FAMILIES: dict[str, Callable[[str, int, int], list[Case]]] = {
     "pixel_step": pixel_cases,
     "spectral_step": spectral_cases,
+    "sense": sense_cases,
+    "cg_update": cg_cases,
     "group_norm_silu": group_norm_cases,
 }
 """A kernel's cases are one function above and one line here."""

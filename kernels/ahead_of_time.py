@@ -14,10 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpenglow.kernels import group_norm_silu, pixel_step, spectral_step
+from alpenglow.kernels import cg_update, group_norm_silu, pixel_step, sense, spectral_step
 from alpenglow.kernels.triton_support import Variant
 
-VARIANTS: list[Variant] = [*pixel_step.VARIANTS, *spectral_step.VARIANTS, *group_norm_silu.VARIANTS]
+VARIANTS: list[Variant] = [
+    *pixel_step.VARIANTS,
+    *spectral_step.VARIANTS,
+    *group_norm_silu.VARIANTS,
+    *cg_update.VARIANTS,
+    *sense.VARIANTS,
+]
 """A kernel is one file and one line here."""
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),

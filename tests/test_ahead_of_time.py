@@ -11,6 +11,7 @@ import pytest
 from alpenglow.kernels import ahead_of_time, triton_support
 
 STEPS = ("pixel_step", "spectral_step")
+SUMS = ("<d, q>",)  # these store nothing but the sum over a block
 
 pytestmark = pytest.mark.skipif(not triton_support.AVAILABLE, reason="needs triton")
 
@@ -40,7 +41,8 @@ def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_memory_is_read_and_written_in_16_bytes(rows: list[dict[str, Any]]) -> None:
-    assert [row for row in rows if min(row["widest_load"], row["widest_store"]) < 128] == []
+    assert [row for row in rows if row["widest_load"] < 128] == []
+    assert [row for row in rows if row["widest_store"] < 128 and row["variant"] not in SUMS] == []
 
 
 @pytest.mark.slow

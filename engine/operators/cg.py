@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpenglow.kernels import cg_update
+from alpenglow.kernels.cg_update import cg_direction, cg_residual, cg_start, dot
+
 _CHECK_INTERVAL = (
     8  # iterations between looks at the convergence flags of an accelerator: each look is a sync
 )
@@ -20,6 +23,7 @@ class CgInfo:
     converged: Tensor
 
 
+@torch.no_grad()
 def conjugate_gradient(
     apply: Callable[[Tensor], Tensor],
     b: Tensor,
@@ -32,58 +36,32 @@ def conjugate_gradient(
     """Solve A x = b for each image of a batch, A symmetric positive definite per image.
 
     apply: A; precondition: an approximation of A^-1, symmetric positive definite; both map [B, ...] to
-    [B, ...] image by image. b, guess: [B, ...], real. An image is done when its residual, as CG updates it,
-    is at most `tolerance` times ||b||, or when its curvature p^T A p is not positive (A is then not positive
-    definite, or holds NaN); from then on it is frozen, so its result does not depend on its batch mates.
-    Lack of convergence raises nothing: see the info.
+    [B, ...] image by image, in the dtype of b, and keep no reference to what they get: it is updated in
+    place. b, guess: [B, ...], real. An image is done when its residual, as CG updates it, is at most
+    `tolerance` times ||b||, or when its curvature p^T A p is not positive (A is then not positive definite,
+    or holds NaN); from then on it is frozen, so its result does not depend on its batch mates. Lack of
+    convergence raises nothing: see the info. The result carries no gradient.
 
     Source: Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1.
     """
-    x = torch.zeros_like(b) if guess is None else guess
-    residual = b if guess is None else b - apply(guess)
-    direction = z = residual if precondition is None else precondition(residual)
-    squared = dot(residual, residual)
-    rho = squared if z is residual else dot(residual, z)
+    x = torch.zeros_like(b, memory_format=torch.contiguous_format) if guess is None else _copy(guess)
+    residual = _copy(b) if guess is None else (b - apply(guess)).contiguous()
+    z = residual if precondition is None else precondition(residual)
+    direction = _copy(z)
     norm = dot(b, b).sqrt()
-    active = ~(squared.sqrt() <= tolerance * norm)  # so that NaN is not taken for convergence
-    iterations = torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    scalars = cg_start(residual, z, tolerance * norm)
     interval = 1 if b.device.type == "cpu" else _CHECK_INTERVAL
     for step in range(max_iterations):
-        if step % interval == 0 and not active.any():
+        if step % interval == 0 and not scalars[:, cg_update.ACTIVE].any():
             break
-        image = apply(direction)
-        curvature = dot(direction, image)
-        active = active & (curvature > 0)
-        length = _spread(torch.where(active, rho / curvature, 0), b)
-        x = x + length * direction
-        residual = residual - length * image
-        squared = dot(residual, residual)
+        sums = cg_residual(residual, direction, apply(direction), scalars)
         z = residual if precondition is None else precondition(residual)
-        previous, rho = rho, squared if z is residual else dot(residual, z)
-        direction = z + _spread(torch.where(active, rho / previous, 0), b) * direction
-        iterations = iterations + active
-        active = active & ~(squared.sqrt() <= tolerance * norm)
-    remaining = squared.sqrt()
+        scalars = cg_direction(x, direction, residual, z, scalars, sums)
+    remaining = scalars[:, cg_update.SQUARED].sqrt()
     relative = torch.where(remaining == 0, 0, remaining / norm)
-    return x, CgInfo(iterations, relative, remaining <= tolerance * norm)
+    iterations = scalars[:, cg_update.ITERATIONS].long()
+    return x, CgInfo(iterations, relative, remaining <= scalars[:, cg_update.LIMIT])
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products [B] of the real images a and b [B, ...], bitwise the same in every batch.
-
-    Halves are added until one number is left: torch's sums and dot products choose their order of summation
-    by the number of images and of threads, elementwise addition has no order to choose.
-    """
-    terms = (a * b).flatten(1)
-    while terms.shape[1] > 1:
-        half, odd = divmod(terms.shape[1], 2)
-        folded = terms[:, :half] + terms[:, half : 2 * half]
-        if odd:
-            folded[:, 0] += terms[:, -1]
-        terms = folded
-    return terms[:, 0]
-
-
-def _spread(scalars: Tensor, like: Tensor) -> Tensor:
-    """Scalars [B] as [B, 1, ...], to multiply `like`."""
-    return scalars.reshape(-1, *[1] * (like.ndim - 1))
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

@@ -19,19 +19,25 @@ PILOT_CHAINS = 32
 PILOT_STEPS = 40
 _PILOT_IDS = 2**31  # far from the ids of any request, so that the pilot's noise is its own
 _RESAMPLING_STREAM = 2**20
+LOOK_RATIO = 0.7
+"""Modes are looked for, and their masses measured, when the level has fallen by so much."""
+LEAST_ESS = 0.8
+"""Share of the particles below which the effective sample size makes them be resampled before the last level.
+Early copies part again; a mode's mass is measured anew in any case."""
+LAST_DRAWS = 4
+"""Draws a particle for the masses at the last level; 1 at those before, which only save particles."""
 CLUMPED = 0.4
 """`crowding` of a pilot below which its chains count as parted: 0.2 on mixtures, 0.6 to 0.9 on one mode."""
 
 
 @dataclass(frozen=True)
 class CalibratedOptions:
-    """nfe: gradients a sample along the path; where there are several modes, weights add up to as many.
+    """nfe: gradients a sample along the path; where there are several modes, weights add about 20.
 
     weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
     0.01). step_size: h, and modal_step_size where the pilot's chains ended in separate modes: the error of a
-    large step moves mass between modes before they part (total variation 0.07 to 0.11 at h = 1, 0.02 to 0.05
-    at 0.7, on benchmarks.beds.several_modes). memory_limit: the largest share of
-    momentum kept in a step (0: Leimkuhler-Matthews).
+    large step moves mass between modes before they part. memory_limit: the largest share of momentum kept
+    in a step (0: Leimkuhler-Matthews).
     """
 
     nfe: int = 100
@@ -88,50 +94,67 @@ def anneal(
     """
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0])
-    weights = mode_weights.init(count)
     ancestors = torch.arange(count, device=state.x.device)
     evaluations = resamplings = 0
-    earlier = previous = levels[0]
+    looked_at = levels[0]
     for sigma in levels:
         energy, grad = problem.energy_and_grad(state.x, levels_of(sigma, count, state.x))
         evaluations += count
         progress(count)
-        if weigh and sigma < previous:
-            weights = mode_weights.look(weights, state.x - grad, sigma)
-            if weights.modes > 1:
-                before = problem.energy_and_grad(state.x, levels_of(earlier, count, state.x))
-                evaluations += count
-                weights = mode_weights.reweigh(
-                    problem, weights, state.x, (earlier, sigma), before, (energy, grad)
-                )
-                if mode_weights.effective_sample_size(weights) < count / 2:
-                    state, grad, ancestors, weights = _resample(noise, state, grad, ancestors, weights)
-                    resamplings += 1
+        # Diverged chains would be weighted away without a word: their population is to be run again.
+        if weigh and sigma <= LOOK_RATIO * looked_at and not state.diverged.any():
+            looked_at = sigma
+            weights = _weigh(problem, noise, state, (energy, grad), sigma, ancestors, draws=1)
+            evaluations += weights.evaluations
+            if mode_weights.effective_sample_size(weights) < LEAST_ESS * count:
+                parents = _parents(noise, state, weights)
+                state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
+                resamplings += 1
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma))
-        earlier, previous = previous, sigma
-    if weigh and mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
-        state, _, ancestors, weights = _resample(noise, state, state.x, ancestors, weights)
-        resamplings += 1
     energy, grad = problem.energy_and_grad(state.x, levels_of(state.sigma, count, state.x))
+    evaluations += count
     progress(count)
+    weights = mode_weights.equal(count)
+    if weigh and not state.diverged.any():
+        weights = _weigh(problem, noise, state, (energy, grad), state.sigma, ancestors, draws=LAST_DRAWS)
+        evaluations += weights.evaluations
+        if mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
+            parents = _parents(noise, state, weights)
+            state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
+            energy = energy[parents]
+            weights = replace(weights, labels=weights.labels[parents.cpu()])
+            resamplings += 1
     state = kinetic.finish(problem, state, grad)
-    return Path(state.x, energy, ancestors, evaluations + count, state.diverged, weights, resamplings)
+    return Path(state.x, energy, ancestors, evaluations, state.diverged, weights, resamplings)
 
 
-def _resample(
+def _weigh(
+    problem: Problem,
     noise: Noise,
     state: kinetic.KineticState,
-    grad: Tensor,
+    evaluated: tuple[Tensor, Tensor],
+    sigma: float,
     ancestors: Tensor,
-    weights: mode_weights.ModeWeights,
-) -> tuple[kinetic.KineticState, Tensor, Tensor, mode_weights.ModeWeights]:
-    # A particle keeps its slot's noise: copies part at their next step.
+    *,
+    draws: int,
+) -> mode_weights.ModeWeights:
+    # The chains' own noise of an iteration is draw 0 (and 1 at the start).
+    normals = (
+        noise.at(state.iteration, problem.dtype, draw=2 + i)(problem.image_shape) for i in range(draws)
+    )
+    return mode_weights.weigh(problem, state.x, *evaluated, sigma, ancestors, normals)
+
+
+def _parents(noise: Noise, state: kinetic.KineticState, weights: mode_weights.ModeWeights) -> Tensor:
     uniform = uniforms(
         noise.seed, noise.chain_ids[:1], iteration=state.iteration, stream=_RESAMPLING_STREAM
     ).item()
-    parents, weights = mode_weights.resample(weights, uniform)
-    parents = parents.to(state.x.device)
-    state = replace(
+    return mode_weights.resample(weights, uniform).to(state.x.device)
+
+
+def _take(state: kinetic.KineticState, parents: Tensor) -> kinetic.KineticState:
+    # A particle keeps its slot's noise: copies part at their next step.
+    return replace(
         state,
         x=state.x[parents],
         z=state.z[parents],
@@ -139,7 +162,6 @@ def _resample(
         diverged=state.diverged[parents],
         limit=state.limit[parents],
     )
-    return state, grad[parents], ancestors[parents], weights
 
 
 def top_std(samples: Tensor) -> float:
@@ -205,7 +227,8 @@ def sample(
     if broken.any():
         # A population with weights is one unit; independent chains are repeated alone, so that the others
         # stay what they are.
-        again = torch.ones_like(broken) if path.resamplings else broken
+        together = options.weigh and (path.resamplings > 0 or clumps <= CLUMPED)
+        again = torch.ones_like(broken) if together else broken
         ids = noise.chain_ids[again]
         repeated = anneal(
             problem, Noise(noise.seed, ids), levels,
@@ -242,13 +265,17 @@ def _merge(path: Path, repeated: Path, again: Tensor) -> Path:
 
 def _diagnose(path: Path, spread: float, sigma_max: float, broken: Tensor) -> dict[str, Any]:
     """What the run says of itself; see `Posterior.diagnostics`."""
-    sizes = torch.bincount(path.weights.labels).tolist() if path.weights.modes > 1 else [len(path.x)]
+    weights = path.weights
+    sizes = torch.bincount(weights.labels).tolist()
+    # Of a particle; infinite where a mode that lives was not measured.
+    error = weights.error[weights.labels].square().mean().sqrt().item()
     return {
         "top_std": spread,
         "sigma_max": sigma_max,
-        "modes": path.weights.modes,
+        "modes": weights.modes,
         "mode_shares": [size / len(path.x) for size in sorted(sizes, reverse=True)],
-        "mode_log_weight_error": math.sqrt(path.weights.variance.mean().item()),
+        "mode_log_weight_error": error,
+        "modes_measured": math.isfinite(error),
         "resamplings": path.resamplings,
         "diverged": int(broken.sum()),
     }

@@ -1,23 +1,18 @@
-"""Particle weights that repair the mass of each mode, and leave alone what needs no repair (DESIGN 2).
+"""Weights of particles that repair the mass of each mode, and leave alone what needs no repair (DESIGN 2).
 
 Annealing through p_sigma(x | y) moves probability between modes, and chains cannot follow once the modes have
-parted. A population of chains can: from level s to level t a particle at x gains the log-weight
+parted. A population of chains can. Its particles are not weighted one by one, as in plain SMC: in image
+dimensions such weights are mostly noise, and resampling on noise destroys the masses that it should repair.
+But chains do move inside a mode. So modes are found as clusters of denoised particles, the mass of each is
+measured by bridge sampling (bridge.py), and all particles of a mode get one weight, mass over share. While
+there is one mode nothing is weighted and no gradient spent.
 
-    l(x) = log p_t(x) - log p_s(x) = E(x, s) / s^2 - E(x, t) / t^2     (+ a constant of s and t).
-
-Used as it stands (plain SMC) l is mostly noise: each of d dimensions adds variance at every level, and
-resampling on noise destroys the very masses that it should repair. But chains do move inside a mode, and what
-they forget there cannot matter. So a particle gets what its mode gains, the ratio Z_t / Z_s of the mode's
-normalisers (the conditional expectation of its increment, Rao-Blackwell), by thermodynamic integration: the
-mean of l over the particles of the mode. While there is one mode nothing is weighted and no gradient spent.
-
-Two more reductions of variance. Stein's identity E[(x - c) . score] = -d holds inside every mode for every
-constant c; as a control variate it takes away up to 95 % of the standard deviation of l. And log-weights are
-shrunk by the share of their spread that their own standard error explains (James and Stein 1961), so that a
-population too small to tell masses apart stays unweighted.
+A few particles often end where there is no mode to speak of, too few to be a mode or to be measured. Their
+log density tells: it is tens of nats below what is typical, and they get no weight.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,35 +20,48 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from alpenglow.samplers.bridge import log_masses, log_posterior
 from alpenglow.samplers.problem import Problem
 
 NEIGHBOURS = 10
 """Each particle is linked to so many nearest ones: no mode has fewer than NEIGHBOURS + 1 members."""
-CORRELATION_TIME = 8.0
-"""Levels over which the noise of an increment persists, which scales the variance of log-weights: slow
-directions of a mode. With 2, log masses were off by twice their standard error on benchmarks.beds."""
-_RELABEL_RATIO = 0.93
+LARGEST_ERROR = 0.5
+"""Standard error of a log mass above which the mode counts as not measured."""
+IMPOSSIBLE = 20.0
+"""Particles of a mode lie at most this and n / 4 nats (n pixels) below its median log density: a chi-square
+of n degrees exceeds that with a probability below 1e-6. What lies deeper has no mass, unless in a mode
+wider by a quarter in every direction. A population of one mode is left alone up to n / 2."""
+CAUTION = 2.0
+"""Standard errors that a weight must exceed to count: with 300 particles one is too few, and slow directions
+of a mode make them too small."""
+LOST = -1
+"""Label of particles that belong to no mode of any mass."""
 
 
 @dataclass(frozen=True)
 class ModeWeights:
     """Log-weights of a population of N particles.
 
-    labels: mode of each particle [N], int64, on the CPU; modes: their number; labelled_at: level of the last
-    look. log_weight [N] float64, of particles; variance [N]: of its statistical error.
+    labels: mode of each particle [N] or LOST, int64, on the CPU. log_weight [K] float64: of the particles of
+    each mode. error [K]: standard error of each mode's log mass, infinite where it is not known. evaluations:
+    NFE that it took, of all particles together.
     """
 
     labels: Tensor
-    modes: int
-    labelled_at: float
     log_weight: Tensor
-    variance: Tensor
+    error: Tensor
+    evaluations: int = 0
+
+    @property
+    def modes(self) -> int:
+        """K."""
+        return len(self.log_weight)
 
 
-def init(count: int) -> ModeWeights:
-    """Equal weights, one mode, to be looked at anew at the first level."""
-    zeros = torch.zeros(count, dtype=torch.float64)
-    return ModeWeights(torch.zeros(count, dtype=torch.int64), 1, float("inf"), zeros, zeros)
+def equal(count: int) -> ModeWeights:
+    """One mode of `count` particles."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    return ModeWeights(torch.zeros(count, dtype=torch.int64), zero, zero)
 
 
 def find_modes(denoised: Tensor, neighbours: int = NEIGHBOURS) -> tuple[int, Tensor]:
@@ -94,90 +102,73 @@ def _distances(images: Tensor, rows: Tensor) -> Tensor:
     return distance
 
 
-def look(weights: ModeWeights, denoised: Tensor, sigma: float) -> ModeWeights:
-    """Find the modes again, from denoised images at level sigma, where the level has changed enough."""
-    if sigma > _RELABEL_RATIO * weights.labelled_at:
-        return weights
-    modes, labels = find_modes(denoised)
-    return replace(weights, labels=labels, modes=modes, labelled_at=sigma)
-
-
-def reweigh(
+def weigh(
     problem: Problem,
-    weights: ModeWeights,
     x: Tensor,
-    levels: tuple[float, float],
-    before: tuple[Tensor, Tensor],
-    after: tuple[Tensor, Tensor],
+    energy: Tensor,
+    grad: Tensor,
+    sigma: float,
+    families: Tensor,
+    normals: Iterable[Tensor],
 ) -> ModeWeights:
-    """The weights after the chains x [N, C, H, W] of one level, from (E, G) at its two neighbours `levels`.
+    """Weights for equally weighted particles x [N, C, H, W] with (E, G) at level sigma.
 
-    Half the central difference of -E / sigma^2 is d log Z / d level, integrated over the levels by the
-    trapezoidal rule. On levels equally spaced in log sigma its error comes from the ends alone (Euler and
-    Maclaurin), and unlike log E[exp l] it needs no variance of l.
+    families [N] and normals: as in `bridge.log_masses`; no gradient is spent where there is one mode. Where
+    no mode can be measured, as in images of many pixels, nothing is weighted.
     """
-    (high, low), dimension = levels, x[0].numel()
-    increment = 0.5 * (before[0].double() / high**2 - after[0].double() / low**2).cpu()
-    # The score at the level between: levels are close, and its error is the same in every mode.
-    prior_score = 0.5 * (before[1].double() / high**2 + after[1].double() / low**2)
-    score = -(prior_score + problem.misfit_grad(x).double()).flatten(1).cpu()
-    # Resampling may have emptied a mode since the last look.
-    sizes = torch.bincount(weights.labels, minlength=weights.modes).clamp(min=1).double()
-
-    def mode_mean(values: Tensor) -> Tensor:
-        total = torch.zeros(weights.modes, *values.shape[1:], dtype=torch.float64)
-        return total.index_add_(0, weights.labels, values) / sizes.reshape(-1, *[1] * (values.ndim - 1))
-
-    images = x.double().flatten(1).cpu()
-    images = x.double().flatten(1).cpu()
-    virial = ((images - mode_mean(images)[weights.labels]) * score).sum(1)
-    # Deviations from a mean of the same particles miss a share of 1 / sizes of the expectation.
-    virial = virial + dimension * (1 - 1 / sizes[weights.labels])
-    mean_increment, mean_virial = mode_mean(increment), mode_mean(virial)
-    centred = increment - mean_increment[weights.labels]
-    centred_virial = virial - mean_virial[weights.labels]
-    slope = (centred_virial * centred).sum() / centred_virial.square().sum().clamp(min=1e-300)
-    log_ratio = mean_increment - slope * mean_virial
-    variance = CORRELATION_TIME * mode_mean((centred - slope * centred_virial).square()) / sizes
-    return replace(
-        weights,
-        log_weight=weights.log_weight + log_ratio[weights.labels],
-        variance=weights.variance + variance[weights.labels],
-    )
+    modes, labels = find_modes(x - grad)
+    density = log_posterior(problem, x, sigma, energy)
+    depth = x[0].numel() / (4 if modes > 1 else 2) + IMPOSSIBLE
+    typical = torch.stack([density[labels == mode].median() for mode in range(modes)])
+    lost = density < typical[labels] - depth
+    if modes == 1 and not lost.any():
+        return equal(len(x))
+    log_mass = log_masses(problem, x, density, sigma, labels.masked_fill(lost, LOST), families, normals)
+    error = log_mass.variance.sqrt()
+    known = error < LARGEST_ERROR
+    if not known.any():  # then density tells nothing of particles either
+        return ModeWeights(labels, torch.zeros_like(error), error, log_mass.evaluations)
+    labels = labels.masked_fill(lost, LOST)
+    share = torch.bincount(labels[~lost], minlength=modes).double() / len(labels)
+    heaviest = log_mass.value.masked_fill(~known, -torch.inf).argmax()
+    dead = ~known & (typical < typical[heaviest] - depth)
+    log_weight = shrink(log_mass.value - share.log(), error, share).masked_fill(dead, -torch.inf)
+    return ModeWeights(labels, log_weight, error.masked_fill(dead, 0), log_mass.evaluations)
 
 
-def shrinkage(weights: ModeWeights) -> float:
-    """The share of the spread of log-weights that their statistical error does not explain, in [0, 1]."""
-    probability = weights.log_weight.softmax(0)
-    # Spread over the unweighted population: one mode of large weight must not hide the others.
-    spread = weights.log_weight.var(correction=0).item()
-    error = max(weights.variance.mean().item(), (probability * weights.variance).sum().item())
-    return max(0.0, 1.0 - error / spread) if spread > 0 else 0.0
+def shrink(log_weight: Tensor, error: Tensor, share: Tensor) -> Tensor:
+    """Log-weights [K] of modes that hold `share` [K] of the particles, less what may be chance.
+
+    Each is drawn to the mean of the living modes by the share of its own squared distance that its error
+    explains (the positive part of James and Stein 1961, one mode at a time: that a dead mode is far off says
+    nothing about the others). Modes that were not measured keep their share of the population.
+    """
+    known = error < LARGEST_ERROR
+    mass = (log_weight + share.log()).masked_fill(~known, -torch.inf).softmax(0)
+    distance = log_weight - (mass * log_weight)[known].sum()
+    kept = (1 - (CAUTION * error / distance).square()).nan_to_num(0).clamp(min=0)
+    shrunk = torch.where(known, kept * distance, 0)
+    # The measured modes together keep their share too.
+    total = (share * shrunk.exp())[known].sum() / share[known].sum()
+    return torch.where(known, shrunk - total.log(), 0)
 
 
 def probabilities(weights: ModeWeights) -> Tensor:
-    """Normalised, shrunk weights [N], float64."""
-    return (shrinkage(weights) * weights.log_weight).softmax(0)
+    """Normalised weights [N], float64."""
+    log_weight = weights.log_weight[weights.labels.clamp(min=0)]
+    return log_weight.masked_fill(weights.labels == LOST, -torch.inf).softmax(0)
 
 
 def effective_sample_size(weights: ModeWeights) -> float:
-    """Kish's 1 / sum w^2 of the shrunk weights, in [1, N]."""
+    """Kish's 1 / sum w^2, in [1, N]."""
     return 1 / probabilities(weights).square().sum().item()
 
 
-def resample(weights: ModeWeights, uniform: float) -> tuple[Tensor, ModeWeights]:
-    """Systematic resampling with one number in [0, 1): indices of the parents [N], and the weights left.
-
-    What shrinkage did not use stays with the particles.
-    """
-    count = len(weights.log_weight)
-    used = shrinkage(weights) * weights.log_weight
+def resample(weights: ModeWeights, uniform: float) -> Tensor:
+    """Systematic resampling with one number in [0, 1): indices of the parents [N], in increasing order."""
+    # Particles of a mode side by side: each mode's number of children is exact to one.
+    order = weights.labels.argsort(stable=True)
+    count = len(order)
     position = (torch.arange(count, dtype=torch.float64) + uniform) / count
-    parents = torch.searchsorted(used.softmax(0).cumsum(0), position).clamp(max=count - 1)
-    left = weights.log_weight - used
-    return parents, replace(
-        weights,
-        labels=weights.labels[parents],
-        log_weight=left[parents],
-        variance=weights.variance[parents],
-    )
+    chosen = torch.searchsorted(probabilities(weights)[order].cumsum(0), position, right=True)
+    return order[chosen.clamp(max=count - 1)].sort().values
