@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, tl, unused
+from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, tl, traced, unused
 
 BLOCK = 2048
 WARPS = 4
@@ -35,7 +35,7 @@ which an image is done, 1 while it is not (else 0: it is left untouched), and it
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products [B] of the real images a and b [B, ...], bitwise the same in every batch."""
-    return (_dot if _fused(a) else twin_dot)(a, b)
+    return _dot(a, b) if traced(a) else _run_dot(a, b)
 
 
 def cg_start(r: Tensor, z: Tensor, limit: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def cg_residual(r: Tensor, d: Tensor, q: Tensor, scalars: Tensor) -> Tensor:
     not contiguous.
     """
     _check(r, (r,), (d, q))
-    return (_residual if _fused(r) else twin_residual)(r, d, q, scalars)
+    return (_residual if traced(r) else _run_residual)(r, d, q, scalars)
 
 
 def cg_direction(x: Tensor, d: Tensor, r: Tensor, z: Tensor, scalars: Tensor, sums: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def cg_direction(x: Tensor, d: Tensor, r: Tensor, z: Tensor, scalars: Tensor, su
     took; sums: what it returned. Raises ValueError as it does.
     """
     _check(r, (x, d), (z,))
-    direction = _direction if _fused(r) else twin_direction
+    direction = _direction if traced(r) else _run_direction
     return direction(x, d, r, None if z is r else z, scalars, sums)
 
 
@@ -84,13 +84,15 @@ def _fused(x: Tensor) -> bool:
 
 
 # --- Operators ---
-# The functions above call the twins without them: an operator's dispatch takes longer than the work on small
-# images.
 
 
 @torch.library.custom_op("alpenglow::cg_dot", mutates_args=())
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return launch_dot(a, b) if _fused(a) else twin_dot(a, b).clone()  # not a view into running sums
+    return _run_dot(a, b).clone()  # not a view into running sums
+
+
+def _run_dot(a: Tensor, b: Tensor) -> Tensor:
+    return (launch_dot if _fused(a) else twin_dot)(a, b)
 
 
 @_dot.register_fake
@@ -100,7 +102,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op("alpenglow::cg_residual", mutates_args=("r",))
 def _residual(r: Tensor, d: Tensor, q: Tensor, scalars: Tensor) -> Tensor:
-    return launch_residual(r, d, q, scalars) if _fused(r) else twin_residual(r, d, q, scalars)
+    return _run_residual(r, d, q, scalars)
+
+
+def _run_residual(r: Tensor, d: Tensor, q: Tensor, scalars: Tensor) -> Tensor:
+    return (launch_residual if _fused(r) else twin_residual)(r, d, q, scalars)
 
 
 @_residual.register_fake
@@ -110,6 +116,12 @@ def _(r: Tensor, d: Tensor, q: Tensor, scalars: Tensor) -> Tensor:
 
 @torch.library.custom_op("alpenglow::cg_direction", mutates_args=("x", "d"))
 def _direction(x: Tensor, d: Tensor, r: Tensor, z: Tensor | None, scalars: Tensor, sums: Tensor) -> Tensor:
+    return _run_direction(x, d, r, z, scalars, sums)
+
+
+def _run_direction(
+    x: Tensor, d: Tensor, r: Tensor, z: Tensor | None, scalars: Tensor, sums: Tensor
+) -> Tensor:
     return (launch_direction if _fused(r) else twin_direction)(x, d, r, z, scalars, sums)
 
 
