@@ -21,9 +21,10 @@ FOLDS = 4
 PRIOR_STRENGTHS = (0.25, 1.0, 4.0, 16.0, 64.0)
 """Particles that the modes' common shape may count for in the covariance of one mode, in dimensions."""
 
-DIMENSIONS = 6.0
+DIMENSIONS = 4.0
 """A covariance of n dimensions from N particles costs about n^2 / (4 N) nats of overlap: more than this times
-the square root of N dimensions are not tried."""
+the square root of N dimensions are not tried. With 256 of 2 000 particles (a factor of 5.7) masses were wrong
+by a total variation of 0.15 to 0.44, and the standard errors did not say so."""
 
 
 @dataclass(frozen=True)
