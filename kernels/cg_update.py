@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, tl, traced, unused
+from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, start, tl, traced, unused
 
 BLOCK = 2048
 WARPS = 4
@@ -229,7 +229,8 @@ def launch_dot(a: Tensor, b: Tensor) -> Tensor:
     if a.numel():
         _, blocks = _blocks(a)
         _run(dot_kernel, a, a.contiguous(), b.contiguous(), unused(a), partial, blocks, FROZEN=False)
-        sum_kernel[(len(a),)](partial, total, blocks, PARTIALS=next_power_of_2(blocks), num_warps=WARPS)
+        constants = {"PARTIALS": next_power_of_2(blocks), "num_warps": WARPS}
+        start(sum_kernel, len(a), a, partial, total, blocks, **constants)
     return total
 
 
@@ -277,8 +278,16 @@ def _partial(x: Tensor) -> Tensor:
 def _run(kernel: Any, like: Tensor, *arguments: Any, **constants: Any) -> None:
     """One program for every block of every image of `like`."""
     block, blocks = _blocks(like)
-    kernel[(len(like) * blocks,)](
-        *arguments, like.shape[1:].numel(), blocks, BLOCK=block, num_warps=WARPS, **constants
+    start(
+        kernel,
+        len(like) * blocks,
+        like,
+        *arguments,
+        like.shape[1:].numel(),
+        blocks,
+        BLOCK=block,
+        num_warps=WARPS,
+        **constants,
     )
 
 

@@ -20,6 +20,7 @@ from alpenglow.kernels.triton_support import (
     jit,
     next_power_of_2,
     runs_on,
+    start,
     tl,
     unused,
 )
@@ -282,7 +283,8 @@ def _run(
     )
     blocks = groups // constants["GROUPS"]
     if x.numel():
-        kernel[(batch * blocks,)](
+        start(
+            kernel, batch * blocks, x,
             x.contiguous(memory_format=layout), weight.contiguous(), bias.contiguous(),
             unused(x) if shift is None else shift.contiguous(), *tensors, *numbers,
             height * width, channels, blocks, 0 if shift is None else batch_stride(shift, batch),

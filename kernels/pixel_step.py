@@ -19,6 +19,7 @@ from alpenglow.kernels.triton_support import (
     jit,
     next_power_of_2,
     runs_on,
+    start,
     tl,
     traced,
 )
@@ -72,6 +73,13 @@ def pixel_step(
         x, u, grad, data, diagonal, table, limit, counters, pulled, grad_weights, accept, x_before,
         grad_before, u_before, mean, m2, visits, network_scale, network_dtype or x.dtype, statistics,
     )  # fmt: skip
+    for name, tensor in (("u", u), ("grad", grad), ("pulled", pulled)):
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(
+                f"got {name} {tuple(tensor.shape)} for x {tuple(x.shape)}; expected the same shape"
+            )
+    if data.shape[1:] != x.shape[1:]:
+        raise ValueError(f"got data {tuple(data.shape)} for x {tuple(x.shape)}; expected images of one shape")
     for tensor in (*(previous or ()), *(moments or ())):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError("previous and moments must be contiguous: they are updated in place")
@@ -221,7 +229,8 @@ def launch(given: Inputs) -> Outputs:
             given.u_before, given.mean, given.m2, given.visits, given.network_scale,
             new, momentum, scaled, partial,
         )  # fmt: skip
-        kernel[(batch * blocks,)](
+        start(
+            kernel, batch * blocks, x,
             *(x if pointer is None else pointer.contiguous() for pointer in pointers[:-4]), *pointers[-4:],
             size, blocks, diagonal.shape[1], x.shape[1],
             *(batch_stride(each, batch) for each in (given.data, diagonal, given.table, given.limit)),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, tl
+from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, start, tl
 
 BLOCK = 512
 WARPS = 2
@@ -263,8 +263,17 @@ def _run(kernel: Any, like: Tensor, *arguments: Tensor, planes: bool = False, **
     block = min(BLOCK, max(32, next_power_of_2(size)))
     many = batch * coils if planes else batch
     if like.numel():
-        kernel[(many * -(-size // block),)](
-            *arguments, many, coils, size, BLOCK=block, num_warps=WARPS, **constants
+        start(
+            kernel,
+            many * -(-size // block),
+            like,
+            *arguments,
+            many,
+            coils,
+            size,
+            BLOCK=block,
+            num_warps=WARPS,
+            **constants,
         )
 
 

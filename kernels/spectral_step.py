@@ -24,6 +24,7 @@ from alpenglow.kernels.triton_support import (
     jit,
     next_power_of_2,
     runs_on,
+    start,
     tl,
     traced,
 )
@@ -55,6 +56,11 @@ def spectral_step(
     """
     if z.shape[-1] != width // 2 + 1:
         raise ValueError(f"got a half spectrum of {z.shape[-1]} columns for images of width {width}")
+    for name, part in (("u", u), ("grad", grad), ("data", data)):
+        if part is not None and part.shape[1:] != z.shape[1:]:
+            raise ValueError(
+                f"got {name} {tuple(part.shape)} for z {tuple(z.shape)}; expected spectra of one shape"
+            )
     given = Inputs(z, u, grad, data, diagonal, table, limit, counters, width)
     new, momentum, largest = _operator(*given) if traced(z) else _run(given)
     return Step(new, None if u is None else momentum, largest)
@@ -163,7 +169,8 @@ def launch(given: Inputs) -> Outputs:
             torch.view_as_real(part.resolve_conj().contiguous())
             for part in (z, z if given.u is None else given.u, given.grad, given.data, new, momentum)
         ]
-        kernel[(batch * channels * blocks,)](
+        start(
+            kernel, batch * channels * blocks, z,
             *views[:4], diagonal, given.table.contiguous(), given.limit.contiguous(),
             views[0] if given.counters is None else given.counters.contiguous(), *views[4:], partial,
             blocks, channels, height, columns, lanes, batch_stride(given.data, batch) * 2,

@@ -58,6 +58,12 @@ def batch_stride(x: Tensor, batch: int) -> int:
     return 0 if len(x) == 1 else math.prod(x.shape[1:])
 
 
+def start(kernel: Any, programs: int, like: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run `programs` programs of a kernel on the device of `like`; triton takes the current one."""
+    with torch.cuda.device_of(like):
+        kernel[(programs,)](*arguments, **constants)
+
+
 def unused(like: Tensor) -> Tensor:
     """What a launcher passes for an argument that its variant of the kernel never touches."""
     return torch.empty(0, dtype=like.dtype, device=like.device)

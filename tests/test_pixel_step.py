@@ -261,6 +261,10 @@ def test_under_torch_compile() -> None:
 
 def test_bad_input() -> None:
     case = problem(2, (1, 4, 4))
+    with pytest.raises(ValueError, match=r"got grad \(2, 1, 4, 3\)"):
+        pixel_step(**case | {"grad": torch.zeros(2, 1, 4, 3)})
+    with pytest.raises(ValueError, match=r"got data \(1, 1, 4, 1\)"):
+        pixel_step(**case | {"data": torch.zeros(1, 1, 4, 1)})
     with pytest.raises(ValueError, match="state is float32"):
         launch(inputs(case | {"x": case["x"].double()}))
     with pytest.raises(ValueError, match=r"got 3 images in .*expected 1 or 2"):

@@ -187,6 +187,8 @@ def test_opcheck() -> None:
 
 def test_bad_input() -> None:
     case = problem(2, 1, 4, 5)
+    with pytest.raises(ValueError, match=r"got grad \(2, 1, 4, 2\)"):
+        spectral_step(**case | {"grad": torch.zeros(2, 1, 4, 2, dtype=torch.complex64)})
     with pytest.raises(ValueError, match="half spectrum of 3 columns for images of width 8"):
         spectral_step(**case | {"width": 8})
     with pytest.raises(ValueError, match="state is complex64"):
