@@ -21,7 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, start, tl, traced, unused
+from alpenglow.kernels.triton_support import (
+    Variant,
+    block_of,
+    jit,
+    next_power_of_2,
+    runs_on,
+    start,
+    tl,
+    traced,
+    unused,
+)
 
 BLOCK = 2048
 WARPS = 4
@@ -267,7 +277,7 @@ def launch_direction(
 def _blocks(x: Tensor) -> tuple[int, int]:
     """(elements, number) of the blocks of an image of x [B, ...]."""
     size = x.shape[1:].numel()
-    block = min(BLOCK, max(32, next_power_of_2(size)))
+    block = block_of(size, BLOCK)
     return block, -(-size // block)
 
 

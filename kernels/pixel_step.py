@@ -16,8 +16,8 @@ from alpenglow.kernels.step_weights import Step, advance, hold
 from alpenglow.kernels.triton_support import (
     Variant,
     batch_stride,
+    block_of,
     jit,
-    next_power_of_2,
     runs_on,
     start,
     tl,
@@ -186,9 +186,7 @@ def twin(given: Inputs) -> Outputs:
     if given.counters is not None:
         normals = chain_normals(given.counters, tuple(x.shape[1:])).to(x.dtype)
     new, momentum = advance(x, u, grad, given.data, given.diagonal, given.table, normals)
-    new, beyond, sums[:, 0] = hold(new, x, given.limit)
-    if momentum is not None and beyond is not None:
-        momentum.masked_fill_(beyond, 0)
+    new, momentum, sums[:, 0] = hold(new, momentum, x, given.limit)
     if given.mean is not None:
         assert given.m2 is not None
         assert given.visits is not None
@@ -219,7 +217,7 @@ def launch(given: Inputs) -> Outputs:
     diagonal = _period(given.diagonal, x)
     new, scaled = torch.empty_like(x), _network_input(given)
     momentum = x.new_empty(x.shape if given.u is not None else 0)
-    block = min(BLOCK, max(32, next_power_of_2(size)))
+    block = block_of(size, BLOCK)
     blocks = -(-size // block)
     partial = x.new_zeros(batch, blocks, STATISTICS)
     if new.numel():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.kernels.triton_support import Variant, jit, next_power_of_2, runs_on, start, tl
+from alpenglow.kernels.triton_support import Variant, block_of, jit, runs_on, start, tl
 
 BLOCK = 512
 WARPS = 2
@@ -260,7 +260,7 @@ def _run(kernel: Any, like: Tensor, *arguments: Tensor, planes: bool = False, **
     """One program for a block of pixels of each image, or of each plane, of `like` [B, coils, H, W]."""
     batch, coils, height, width = like.shape
     size = height * width
-    block = min(BLOCK, max(32, next_power_of_2(size)))
+    block = block_of(size, BLOCK)
     many = batch * coils if planes else batch
     if like.numel():
         start(

@@ -21,8 +21,8 @@ from alpenglow.kernels.step_weights import Step, advance, hold
 from alpenglow.kernels.triton_support import (
     Variant,
     batch_stride,
+    block_of,
     jit,
-    next_power_of_2,
     runs_on,
     start,
     tl,
@@ -122,11 +122,9 @@ def twin(given: Inputs) -> Outputs:
         given.table,
         normals,
     )
-    new, beyond, largest = hold(new, z, given.limit)
+    new, momentum, largest = hold(new, momentum, z, given.limit)
     if momentum is None:
         return torch.view_as_complex(new), given.z.new_empty(0), largest
-    if beyond is not None:
-        momentum.masked_fill_(beyond, 0)
     return torch.view_as_complex(new), torch.view_as_complex(momentum), largest
 
 
@@ -161,7 +159,7 @@ def launch(given: Inputs) -> Outputs:
     new = torch.empty_like(z)
     momentum = torch.empty_like(z) if given.u is not None else z.new_empty(0)
     lanes = (height // 2 + 1) * columns
-    block = min(BLOCK, max(32, next_power_of_2(lanes)))
+    block = block_of(lanes, BLOCK)
     blocks = -(-lanes // block)
     partial = given.limit.new_zeros(batch, channels * blocks)
     if z.numel():

@@ -99,16 +99,18 @@ def combine(
     return new, momentum
 
 
-def hold(new: Tensor, old: Tensor, limit: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(`new` where its modulus is within limit [1 or B], else `old`; where not; largest modulus [B]).
-
-    The second is None where all is within, which only a CPU may look at.
-    """
+def hold(
+    new: Tensor, momentum: Tensor | None, old: Tensor, limit: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(`new` where its modulus is within limit [1 or B], else `old`; momentum, there 0; largest modulus)."""
     size = new.abs()
     largest = size.flatten(1).amax(1) if size.numel() else size.new_zeros(len(new))
     largest = largest.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     limit = limit.to(size.dtype)
+    # Only a CPU may look whether there is anything to hold.
     if new.device.type == "cpu" and bool((largest <= limit).all()):
-        return new, None, largest
+        return new, momentum, largest
     beyond = ~(size <= limit.reshape(-1, *[1] * (new.ndim - 1)))  # NaN compares false
-    return torch.where(beyond, old, new), beyond, largest
+    if momentum is not None:
+        momentum.masked_fill_(beyond, 0)
+    return torch.where(beyond, old, new), momentum, largest

@@ -48,6 +48,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def block_of(size: int, largest: int) -> int:
+    """Elements of a program's block: `largest`, less for a small image of `size`, a warp at least."""
+    return min(largest, max(32, next_power_of_2(size)))
+
+
 def batch_stride(x: Tensor, batch: int) -> int:
     """Elements from an image of contiguous x [1 or B, ...] to the next, 0 where one serves all.
 

@@ -167,10 +167,7 @@ class LinearOperator(abc.ABC):
         if counters is not None:
             w = self.draw(normal_streams(counters, z.dtype), _chw(z), sigma, noise_std)
         new, momentum = combine(z, u, pull, w, coefficients(sigma, noise_std, weights))
-        new, beyond, largest = hold(new, z, limit)
-        if momentum is not None and beyond is not None:
-            momentum.masked_fill_(beyond, 0)
-        return Step(new, momentum, largest)
+        return Step(*hold(new, momentum, z, limit))
 
     @staticmethod
     def from_functions(

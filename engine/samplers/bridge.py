@@ -61,7 +61,7 @@ def log_posterior(problem: Problem, x: Tensor, sigma: float, energy: Tensor | No
     """log p_sigma(x | y) up to a constant, [N] float64 on the CPU; N NFE where no energy [N] is given."""
     if energy is None:
         energy, _ = problem.energy_and_grad(x, levels_of(sigma, len(x), x))
-    return -(energy.double() / sigma**2 + problem.misfit(x)).cpu()
+    return -problem.potential(x, energy, torch.tensor(sigma, dtype=torch.float64)).cpu()
 
 
 def common_root(images: Tensor, labels: Tensor, modes: int) -> Tensor:

@@ -124,8 +124,8 @@ def anneal(
             energy = energy[parents]
             weights = replace(weights, labels=weights.labels[parents.cpu()])
             resamplings += 1
-    state = kinetic.finish(problem, state, grad)
-    return Path(state.x, energy, ancestors, evaluations, state.diverged, weights, resamplings)
+    x = kinetic.finish(problem, state, grad)
+    return Path(x, energy, ancestors, evaluations, state.diverged, weights, resamplings)
 
 
 def _weigh(

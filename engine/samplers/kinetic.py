@@ -6,7 +6,7 @@ h < 2 is the stability limit where the denoiser is a contraction.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -117,8 +117,7 @@ def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool
     )
 
 
-def finish(problem: Problem, state: KineticState, grad: Tensor) -> KineticState:
-    """Remove the noise of the last level, x + P (D(x) - x) / sigma^2; `grad` is G at state.x, state.sigma."""
+def finish(problem: Problem, state: KineticState, grad: Tensor) -> Tensor:
+    """Images without the last level's noise, x + P (D(x) - x) / sigma^2; grad: G at state.x, state.sigma."""
     level = levels_of(state.sigma, len(grad), grad)
-    x = state.x + problem.operator.solve(-grad, level, problem.noise_std) / per_image(level.square(), grad)
-    return replace(state, x=x, z=problem.to_basis(x))
+    return state.x + problem.operator.solve(-grad, level, problem.noise_std) / per_image(level.square(), grad)

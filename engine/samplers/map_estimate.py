@@ -55,8 +55,7 @@ class MapOptions:
 def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
     """U and the majoriser's minimiser mu(x); 1 NFE."""
     energy, grad = problem.energy_and_grad(x, sigma)
-    value = energy.double() / sigma.double().square() + problem.misfit(x)
-    return value.item(), problem.target(x, grad, sigma)
+    return problem.potential(x, energy, sigma).item(), problem.target(x, grad, sigma)
 
 
 def find(

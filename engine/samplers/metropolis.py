@@ -56,8 +56,7 @@ class MetropolisState:
 def _evaluate(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [B] float64, -P grad U [B, C, H, W] and E [B] at x; B NFE."""
     energy, grad = problem.energy_and_grad(x, sigma)
-    potential = energy.double() / sigma.double().square() + problem.misfit(x)
-    return potential, problem.conditional_mean(x - grad, sigma) - x, energy
+    return problem.potential(x, energy, sigma), problem.conditional_mean(x - grad, sigma) - x, energy
 
 
 def _kinetic_energy(problem: Problem, u: Tensor, sigma: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ class Problem:
             residual = torch.view_as_real(residual.resolve_conj())
         return residual.double().square().flatten(1).sum(1) / (2 * self.noise_std**2)
 
-    def misfit_grad(self, x: Tensor) -> Tensor:
-        """Gradient of the misfit, A^T (A x - y) / eta^2 [B, C, H, W]."""
-        return self.operator.adjoint(self.operator.forward(x) - self.y) / self.noise_std**2
+    def potential(self, x: Tensor, energy: Tensor, sigma: Tensor) -> Tensor:
+        """U = -log p_sigma(x | y) up to a constant, float64 [B]; energy: E(x, sigma) [B]; sigma [B] or []."""
+        return energy.double() / sigma.double().square() + self.misfit(x)
 
 
 @dataclass(frozen=True)
