@@ -100,13 +100,6 @@ def chain_normals(counters: Tensor, shape: tuple[int, ...]) -> Tensor:
     return normal_quads(counters, (size + 3) // 4).flatten(1)[:, :size].reshape(len(counters), *shape)
 
 
-def standard_normals(
-    seed: int, chain_ids: Tensor, shape: tuple[int, ...], *, iteration: int, stream: int = 0
-) -> Tensor:
-    """Standard normals [B, *shape], float32, for chains chain_ids [B] (int64, values in [0, 2^32))."""
-    return chain_normals(chain_counters(seed, chain_ids, iteration=iteration, stream=stream), shape)
-
-
 def uniforms(seed: int, chain_ids: Tensor, *, iteration: int, stream: int = 0) -> Tensor:
     """One uniform number in [0, 1) a chain, float64 [B]."""
     zero = torch.zeros_like(chain_ids)

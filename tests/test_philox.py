@@ -16,7 +16,6 @@ from alpenglow.kernels.philox import (
     chain_normals,
     philox4x32,
     philox_words,
-    standard_normals,
     uniforms,
 )
 from alpenglow.kernels.triton_support import tl
@@ -25,6 +24,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not triton_support.AVAILABLE, reason="needs triton")
 
 WORD = 0xFFFFFFFF
+
+
+def standard_normals(
+    seed: int, chain_ids: Tensor, shape: tuple[int, ...], *, iteration: int, stream: int = 0
+) -> Tensor:
+    """As samplers draw them: counters, then normals [B, *shape]."""
+    return chain_normals(chain_counters(seed, chain_ids, iteration=iteration, stream=stream), shape)
+
 
 # kat_vectors of Random123 1.14, lines "philox4x32 10": counter, key, output.
 KNOWN_ANSWERS = [
