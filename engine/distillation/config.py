@@ -20,14 +20,23 @@ class _Strict(BaseModel):
 
 
 class DataConfig(_Strict):
-    """Training images and the noise floor that turns quantised images into a density."""
+    """Training images and the noise floor that gives them a density at every scale."""
 
     source: str = Field(
-        description="'fashion-mnist', or a .npy file of uint8 images [N, H, W] or [N, C, H, W]"
+        description="'fashion-mnist', 'brain', a folder of images, or a .npy, .h5 or NIfTI file"
     )
     noise_floor: float = Field(
-        0.02, ge=0, description="std of the noise added to training images, in [-1, 1] units"
+        0.02, ge=0, description="std of the noise added to training images, in the prior's units"
     )
+    image_size: PositiveInt | None = Field(
+        None, description="side of a random square crop; without it images are taken whole"
+    )
+    held_out: tuple[str, ...] = Field(
+        (), description="names of the files of a folder that are held out; without them the last 5 %"
+    )
+    dataset: str | None = Field(None, description="name of the dataset in a .h5 file")
+    axis: Literal[0, 1, 2] = Field(2, description="NIfTI: the axis (right, anterior, superior) along which to slice")
+    attribution: str = Field("", description="where the images come from and their licence, for the model card")
 
 
 class SigmaLaw(_Strict):
@@ -46,14 +55,36 @@ class SigmaLaw(_Strict):
 
 
 class StageConfig(_Strict):
-    """One training run of Adam with warm-up, cosine decay and an exponential moving average."""
+    """One training run of Adam, with the rate and the moving average of EDM2 (arXiv 2312.02696).
+
+    Neither depends on the number of steps: a finished run goes on where it stopped when `steps` is raised.
+    """
 
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     warmup_steps: int = Field(200, ge=0)
-    ema_halflife_steps: PositiveFloat = 300
+    decay_steps: PositiveInt = Field(1000, description="from here on the rate falls as 1 / sqrt(step)")
+    ema_power: float = Field(
+        7.0, ge=0, description="the average weighs step t by t^power; 7: over the last tenth of the run"
+    )
     max_grad_norm: PositiveFloat = 1.0
+    augment: float = Field(
+        0.0, ge=0, le=1, description="teacher: probability of each of EDM's augmentations; needs augment_dim 9"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the network's activations; weights and loss stay float32"
+    )
+    parts: PositiveInt = Field(1, description="the batch is taken in so many parts, one after the other")
+    checkpointing: bool = Field(
+        False, description="recompute the activations of each block instead of keeping them"
+    )
+
+
+class Teacher(_Strict):
+    """A denoiser that exists already, in place of one trained here."""
+
+    checkpoint: str = Field(description="a .safetensors file of `alpenglow convert` or `alpenglow distill`")
 
 
 class Recipe(_Strict):
@@ -61,14 +92,14 @@ class Recipe(_Strict):
 
     name: str
     seed: int = 0
-    units: Literal["[-1, 1]"] = "[-1, 1]"
+    units: str = "[-1, 1]"
     data: DataConfig
     backbone: str = "SongUNet"
-    network: dict[str, Any]
+    network: dict[str, Any] = Field({}, description="arguments of the backbone; a given teacher brings its own")
     sigma_data: PositiveFloat = 0.5
     patch: PositiveInt = 1
     sigma: SigmaLaw = SigmaLaw()
-    teacher: StageConfig
+    teacher: StageConfig | Teacher
     energy: StageConfig
 
     def denoiser_config(self) -> dict[str, Any]:

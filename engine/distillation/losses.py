@@ -1,4 +1,6 @@
-"""The two losses: EDM's for the teacher, gradient matching for the energy."""
+"""The two training objectives: EDM's for the teacher, score matching to the teacher for the energy."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -6,28 +8,50 @@ from torch import Tensor
 from alpenglow.distillation.config import SigmaLaw
 from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
 
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""D(x, sigma, classes): x [B, C, H, W], sigma [B], one-hot classes [B, K] or None -> [B, C, H, W]."""
 
-def draw_sigma(law: SigmaLaw, size: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [size], half log-normal (where images form), half log-uniform (so that none is rare)."""
-    normal = (law.log_mean + law.log_std * torch.randn(size, generator=generator)).exp()
+
+def draw_sigma(law: SigmaLaw, index: int, generator: torch.Generator) -> Tensor:
+    """The noise level of image `index` of a batch, a scalar.
+
+    Log-normal for even images (where images form), log-uniform for odd ones (so that no level is rare).
+    """
     low, high = torch.tensor([law.low, law.high]).log()
-    uniform = (low + (high - low) * torch.rand(size, generator=generator)).exp()
-    chosen = torch.where(torch.arange(size) % 2 == 0, normal, uniform)
-    return chosen.clamp(law.low, law.high)
+    if index % 2:
+        log_sigma = low + (high - low) * torch.rand((), generator=generator)
+    else:
+        log_sigma = law.log_mean + law.log_std * torch.randn((), generator=generator)
+    return log_sigma.clamp(low, high).exp()
 
 
-def teacher_loss(model: EDMDenoiser, clean: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+def teacher_loss(
+    model: EDMDenoiser,
+    clean: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    *,
+    classes: Tensor | None = None,
+    augmentation: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
     """EDM's loss, lambda(sigma) ||D(x + n) - x||^2 with lambda = 1 / c_out^2 (arXiv 2206.00364, table 1).
 
-    Mean over images and pixels, a scalar. clean [B, C, H, W], sigma [B].
+    Mean over images and pixels, a scalar. clean and noisy [B, C, H, W], sigma [B]. `augmentation` [B, 9]
+    tells the network what was done to the images, so that it does not leak into what it generates.
     """
-    noise = torch.randn(clean.shape, generator=generator)
-    residual = model(clean + sigma[:, None, None, None] * noise, sigma) - clean
-    return (residual / model.coefficients(sigma).c_out).square().mean()
+    denoised = model(noisy, sigma, classes, augmentation=augmentation, compute_dtype=compute_dtype)
+    return ((denoised - clean) / model.coefficients(sigma).c_out).square().mean()
 
 
 def energy_loss(
-    model: EDMDenoiser, teacher: EDMDenoiser, clean: Tensor, sigma: Tensor, generator: torch.Generator
+    model: EDMDenoiser,
+    teacher: Denoiser,
+    noisy: Tensor,
+    sigma: Tensor,
+    *,
+    classes: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """||G(x_t, sigma) - (x_t - D_teacher(x_t, sigma))||^2 (1 / sigma^2 + 1 / sigma_data^2), a mean.
 
@@ -35,8 +59,9 @@ def energy_loss(
     pixels. The weight is the teacher's own, 1 / c_out^2: that of ALPS, 1 / sigma^2, below sigma_data; above,
     where 1 / sigma^2 all but forgets the levels, an error of the denoiser counts alike at every level.
     """
-    noisy = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=generator)
     with torch.no_grad():
-        target = noisy - teacher(noisy, sigma)
-    _, grad = energy_and_grad(model, noisy, sigma, create_graph=True)
+        target = noisy - teacher(noisy, sigma, classes)
+    _, grad = energy_and_grad(
+        model, noisy, sigma, class_label=classes, create_graph=True, compute_dtype=compute_dtype
+    )
     return ((grad - target) / model.coefficients(sigma).c_out).square().mean()

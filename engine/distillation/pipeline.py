@@ -1,89 +1,160 @@
 """`alpenglow distill`: images -> teacher -> energy prior -> files and model card, each stage resumable."""
 
 import copy
+import hashlib
 import json
 import shlex
-import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alpenglow.distillation import evaluation
+from alpenglow.distillation.batches import Batch, Batches, stream
 from alpenglow.distillation.card import write_card
-from alpenglow.distillation.config import Recipe, load_recipe
-from alpenglow.distillation.data import load_images, to_units, training_batch
-from alpenglow.distillation.losses import draw_sigma, energy_loss, teacher_loss
+from alpenglow.distillation.config import Recipe, StageConfig, Teacher, load_recipe
+from alpenglow.distillation.evaluation import report_prior
+from alpenglow.distillation.losses import Denoiser, energy_loss, teacher_loss
+from alpenglow.distillation.processes import Processes
+from alpenglow.distillation.sources import ImageSource, open_source
 from alpenglow.distillation.training import train
 from alpenglow.networks.denoiser import EDMDenoiser
-from alpenglow.networks.storage import Kind, save_denoiser
+from alpenglow.networks.storage import Kind, read_denoiser, save_denoiser
 from alpenglow.priors.loading import load_prior
-from alpenglow.priors.network import NetworkPrior
+from alpenglow.priors.network import PRECISIONS, NetworkPrior
 
-EVALUATION_IMAGES = 256
-COVERAGE_IMAGES = 16
-COVERAGE_SAMPLES = 32
 # Below, sampling gains nothing (DESIGN 2), and the noise floor is all there is.
 LOWEST_LEVEL = 0.01
 
 
-def split_images(source: str) -> tuple[Tensor, Tensor]:
-    """(training images, held-out images), uint8 [N, C, H, W]: the data set's own split, or the last 5 %.
+def distill(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    source: ImageSource | None = None,
+    teacher: Denoiser | None = None,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> tuple[Denoiser, EDMDenoiser]:
+    """The teacher and the energy model psi that is distilled from it, both in evaluation mode.
 
-    Raises ValueError as `load_images` does, and for an array of one image.
+    source: the images; default those of `recipe.data`. teacher: any denoiser D(x, sigma, classes) that
+    exists already; psi then starts from random weights, or, where it is an EDMDenoiser, from the teacher's.
+    Without it the recipe's teacher is read, or trained. Checkpoints and logs go to `folder`; a rerun goes on
+    where the last one stopped. `workers` processes prepare the batches.
+
+    Raises ValueError for a recipe that does not fit the images or the teacher, before anything is trained.
     """
-    images = load_images(source, "train")
-    if source == "fashion-mnist":
-        return images, load_images(source, "test")
-    if len(images) < 2:
-        raise ValueError(f"{source} holds one image; expected two or more, the last 5 % are held out")
-    held_out = max(1, len(images) // 20)
-    return images[:-held_out], images[-held_out:]
-
-
-def distill(recipe: Recipe, folder: Path) -> tuple[EDMDenoiser, EDMDenoiser]:
-    """Train the teacher, then the energy model from its weights; returns (teacher, energy model).
-
-    Both are moving averages in evaluation mode. Checkpoints and logs go to `folder`; a rerun goes on
-    where the last one stopped.
-    """
-    images, _ = split_images(recipe.data.source)
-
-    def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        clean = training_batch(images, size, recipe.data.noise_floor, generator)
-        return clean, draw_sigma(recipe.sigma, size, generator)
-
-    def teacher_objective(net: nn.Module, generator: torch.Generator) -> Tensor:
-        assert isinstance(net, EDMDenoiser)
-        return teacher_loss(net, *batch(recipe.teacher.batch_size, generator), generator)
-
-    shared = recipe.model_dump(mode="json", exclude={"name", "teacher", "energy"})
+    folder, processes = Path(folder), processes or Processes.launched()
+    source = source or open_source(recipe.data)
+    shared = recipe.model_dump(mode="json", exclude={"name", "teacher", "energy"}, exclude_defaults=True)
     torch.manual_seed(recipe.seed)
-    model = EDMDenoiser.from_config(recipe.denoiser_config())
-    teacher = train(
-        "teacher", model, teacher_objective, recipe.teacher, folder, seed=recipe.seed, recipe=shared
-    )
-    assert isinstance(teacher, EDMDenoiser)
-
-    def energy_objective(net: nn.Module, generator: torch.Generator) -> Tensor:
-        assert isinstance(net, EDMDenoiser)
-        return energy_loss(net, teacher, *batch(recipe.energy.batch_size, generator), generator)
-
-    student = copy.deepcopy(teacher).requires_grad_(True).train()
-    energy = train(
-        "energy",
-        student,
-        energy_objective,
-        recipe.energy,
-        folder,
-        seed=recipe.seed + 1,
-        recipe=shared | {"teacher": recipe.teacher.model_dump(mode="json")},
-    )
-    assert isinstance(energy, EDMDenoiser)
+    origin: dict[str, Any]
+    if teacher is not None:
+        student = teacher if isinstance(teacher, EDMDenoiser) else _new_network(recipe)
+        origin = {"teacher": "given"}
+    elif isinstance(recipe.teacher, Teacher):
+        teacher = student = read_teacher(recipe.teacher.checkpoint)
+        origin = {"teacher": hashlib.sha256(Path(recipe.teacher.checkpoint).read_bytes()).hexdigest()}
+    else:
+        _check_fits(_new_network(recipe), source)
+        teacher = student = _train(
+            "teacher", _new_network(recipe), recipe, recipe.teacher, source, folder,
+            objective=_teacher_objective, seed=recipe.seed, origin=shared, workers=workers, processes=processes,
+        )  # fmt: skip
+        origin = {"teacher": recipe.teacher.model_dump(mode="json")}
+    _check_fits(student, source)
+    if isinstance(teacher, nn.Module):
+        teacher = teacher.to(processes.device).requires_grad_(False).eval()
+    energy = _train(
+        "energy", copy.deepcopy(student), recipe, recipe.energy, source, folder,
+        objective=_energy_objective(teacher), seed=recipe.seed + 1, origin=shared | origin,
+        workers=workers, processes=processes,
+    )  # fmt: skip
     return teacher, energy
 
 
-def run(recipe_path: str | Path, folder: str | Path) -> None:
+def read_teacher(path: str | Path) -> EDMDenoiser:
+    """The denoiser in a file of `alpenglow convert` or `distill`. ValueError for what is not a plain denoiser."""
+    denoiser, metadata = read_denoiser(path)
+    if metadata.kind != "teacher":
+        raise ValueError(f"{path} holds an energy prior; a teacher is a plain denoiser (kind 'teacher')")
+    return denoiser
+
+
+def _new_network(recipe: Recipe) -> EDMDenoiser:
+    if not recipe.network:
+        raise ValueError(f"the recipe {recipe.name} has no network, and its teacher brings none that psi could copy")
+    return EDMDenoiser.from_config(recipe.denoiser_config())
+
+
+def _check_fits(denoiser: EDMDenoiser, source: ImageSource) -> None:
+    NetworkPrior(copy.copy(denoiser), source.image_shape)
+
+
+def _train(
+    name: str,
+    model: EDMDenoiser,
+    recipe: Recipe,
+    stage: StageConfig,
+    source: ImageSource,
+    folder: Path,
+    *,
+    objective: Callable[[EDMDenoiser, Batch, torch.dtype | None], Tensor],
+    seed: int,
+    origin: dict[str, Any],
+    workers: int,
+    processes: Processes,
+) -> EDMDenoiser:
+    batches = Batches(
+        source, recipe, stage, seed=seed, label_dim=_label_dim(model),
+        rank=processes.rank, count=processes.count,
+    )  # fmt: skip
+    compute_dtype = None if stage.precision == "float32" else PRECISIONS[stage.precision]
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(network, EDMDenoiser)
+        return objective(network, batch, compute_dtype)
+
+    def steps(wanted: range) -> Iterator[Batch]:
+        return stream(batches, wanted, workers)
+
+    model = model.requires_grad_(True).train()
+    model.model.checkpointing = stage.checkpointing  # type: ignore[assignment]
+    trained = train(
+        name, model, loss, steps, stage, folder, seed=seed, origin=origin, processes=processes
+    )
+    assert isinstance(trained, EDMDenoiser)
+    trained.model.checkpointing = False  # type: ignore[assignment]
+    return trained
+
+
+def _label_dim(model: EDMDenoiser) -> int:
+    return int(getattr(model.model, "label_dim", 0))
+
+
+def _classes(batch: Batch) -> Tensor | None:
+    return batch.classes if batch.classes.shape[1] else None
+
+
+def _teacher_objective(model: EDMDenoiser, batch: Batch, compute_dtype: torch.dtype | None) -> Tensor:
+    return teacher_loss(
+        model, batch.clean, batch.noisy, batch.sigma, classes=_classes(batch),
+        augmentation=batch.augmentation, compute_dtype=compute_dtype,
+    )  # fmt: skip
+
+
+def _energy_objective(teacher: Denoiser) -> Callable[[EDMDenoiser, Batch, torch.dtype | None], Tensor]:
+    def objective(model: EDMDenoiser, batch: Batch, compute_dtype: torch.dtype | None) -> Tensor:
+        return energy_loss(
+            model, teacher, batch.noisy, batch.sigma, classes=_classes(batch), compute_dtype=compute_dtype
+        )
+
+    return objective
+
+
+def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> None:
     """Distil the recipe, and write <name>.safetensors, <name>-teacher.safetensors and <name>.md to `folder`.
 
     <name>.safetensors is the energy prior for `load_prior` (float16), the teacher is in float32, the .md file
@@ -93,58 +164,38 @@ def run(recipe_path: str | Path, folder: str | Path) -> None:
     recipe, folder = load_recipe(recipe_path), Path(folder)
     if Path(recipe.name).name != recipe.name or recipe.name in ("", ".."):
         raise ValueError(f"{recipe_path}: name is {recipe.name!r}; expected a file name without folders")
-    held_out = split_images(recipe.data.source)[1]
-    channels, height, width = held_out.shape[1:]
-    shape = (channels, height, width)
-    # Finds a network that does not fit the images before hours have gone into it.
-    NetworkPrior(EDMDenoiser.from_config(recipe.denoiser_config()), shape)
-
-    teacher, energy = distill(recipe, folder)
+    processes = Processes.launched()
+    source = open_source(recipe.data)
+    teacher, energy = distill(recipe, folder, source=source, workers=workers, processes=processes)
+    if not processes.first:
+        return
     sigma_range = (max(LOWEST_LEVEL, recipe.sigma.low), recipe.sigma.high)
     weights = folder / f"{recipe.name}.safetensors"
-    kinds: list[tuple[Path, EDMDenoiser, Kind, torch.dtype]] = [
-        (weights, energy, "energy", torch.float16),
-        (folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32),
-    ]
+    kinds: list[tuple[Path, EDMDenoiser, Kind, torch.dtype]] = [(weights, energy, "energy", torch.float16)]
+    if isinstance(recipe.teacher, StageConfig):
+        assert isinstance(teacher, EDMDenoiser)
+        kinds.append((folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32))
     for path, denoiser, kind, dtype in kinds:
         save_denoiser(
             path,
             denoiser,
             name=recipe.name,
-            image_shape=shape,
+            image_shape=source.image_shape,
             kind=kind,
             sigma_range=sigma_range,
             units=recipe.units,
             dtype=dtype,
         )
-    prior = load_prior(weights)
-    clean = to_units(held_out[:EVALUATION_IMAGES])
-    floor = recipe.data.noise_floor * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    levels = [s for s in evaluation.DEFAULT_SIGMAS if sigma_range[0] <= s <= sigma_range[1]]
-    rows = evaluation.evaluate_prior(prior, teacher, clean + floor, levels)
+    del energy  # what is measured is the file
+    report = report_prior(load_prior(weights), teacher, source, noise_floor=recipe.data.noise_floor)
     write_card(
         folder / f"{recipe.name}.md",
         recipe,
-        rows,
-        {"held-out images in this table": len(clean)} | _coverage(prior, clean[:COVERAGE_IMAGES], recipe),
-        shlex.join(["alpenglow", "distill", str(recipe_path), "-o", str(folder)]),
-        {stage: _seconds(folder / f"{stage}.jsonl") for stage in ("teacher", "energy")},
+        report,
+        source.description,
+        command=shlex.join(["alpenglow", "distill", str(recipe_path), "-o", str(folder)]),
+        seconds={log.stem: _seconds(log) for log in (folder / "teacher.jsonl", folder / "energy.jsonl") if log.is_file()},
     )
-
-
-def _coverage(prior: NetworkPrior, images: Tensor, recipe: Recipe) -> dict[str, float]:
-    rows = evaluation.evaluate_coverage(
-        prior, images, noise_floor=recipe.data.noise_floor, num_samples=COVERAGE_SAMPLES
-    )
-    setting = (
-        f"held-out images: {len(images)}; 50 % random pixels seen with noise_std 0.05, "
-        f"{COVERAGE_SAMPLES} samples each, defaults of `alpenglow.sample`"
-    )
-    return {
-        f"coverage of the 90 % interval ({setting})": statistics.mean(r["coverage"] for r in rows),
-        "lowest coverage of one image": min(r["coverage"] for r in rows),
-        "coverage of the pixels without the noise floor": statistics.mean(r["coverage_clean"] for r in rows),
-    }
 
 
 def _seconds(log: Path) -> float:

@@ -78,18 +78,37 @@ class EDMDenoiser(nn.Module):
             residual=sigma**2 / total,
         )
 
-    def raw(self, scaled: Tensor, sigma: Tensor, class_label: Tensor | None = None) -> Tensor:
+    def raw(
+        self,
+        scaled: Tensor,
+        sigma: Tensor,
+        class_label: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
         """F at an already scaled input c_in x [B, C, H, W]."""
         label = sigma.reshape(-1).log() / 4
         if self.patch == 1:
-            return self.model(scaled, label, class_label)
-        blocks = self.model(F.pixel_unshuffle(scaled, self.patch), label, class_label)
+            return self.model(scaled, label, class_label, augmentation)
+        blocks = self.model(F.pixel_unshuffle(scaled, self.patch), label, class_label, augmentation)
         return F.pixel_shuffle(blocks, self.patch)
 
-    def forward(self, x: Tensor, sigma: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """psi(x, sigma): x [B, C, H, W], sigma [B] -> [B, C, H, W]."""
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_label: Tensor | None = None,
+        *,
+        augmentation: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """psi(x, sigma): x [B, C, H, W], sigma [B] -> [B, C, H, W].
+
+        class_label [B, K] is one-hot, augmentation [B, 9] that of training; `compute_dtype` float16 or
+        bfloat16 runs F alone in half precision.
+        """
         c = self.coefficients(sigma)
-        return c.c_skip * x + c.c_out * self.raw(c.c_in * x, sigma, class_label)
+        scaled = (c.c_in * x).to(compute_dtype or x.dtype)
+        return c.c_skip * x + c.c_out * self.raw(scaled, sigma, class_label, augmentation).to(x.dtype)
 
 
 def energy_and_grad(
@@ -97,6 +116,7 @@ def energy_and_grad(
     x: Tensor,
     sigma: Tensor,
     *,
+    class_label: Tensor | None = None,
     create_graph: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -110,7 +130,7 @@ def energy_and_grad(
     with torch.inference_mode(False), torch.enable_grad():
         c = denoiser.coefficients(sigma)
         scaled = (c.c_in * x).detach().to(compute_dtype or x.dtype).requires_grad_()
-        output = denoiser.raw(scaled, sigma)
+        output = denoiser.raw(scaled, sigma, class_label)
         eps = c.residual * x - c.c_out * output.to(x.dtype)
         # eps enters the vector-Jacobian product as a cotangent; a loss on G differentiates it too.
         cotangent = eps if create_graph else eps.detach()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from alpenglow.networks.layers import (
     Conv2d,
@@ -56,6 +57,8 @@ class SongUNet(nn.Module):
         self.label_dim, self.augment_dim = label_dim, augment_dim
         self.size_multiple = 2 ** (len(channel_mult) - 1)
         """Heights and widths must be multiples of it; they need not be img_resolution."""
+        self.checkpointing = False
+        """Recompute the activations of each block in the backward pass: less memory, a third more time."""
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         block: dict[str, Any] = dict(
             emb_channels=emb_channels, resample_filter=tuple(resample_filter), dropout=dropout
@@ -123,8 +126,11 @@ class SongUNet(nn.Module):
                 self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 self.dec[f"{name}_aux_conv"] = Conv2d(channels, out_channels, 3, init_scale=1e-5)
 
-    def embed(self, noise_label: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """Conditioning vector [B, emb_channels] of noise_label [B] and one-hot class_label [B, label_dim]."""
+    def embed(
+        self, noise_label: Tensor, class_label: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
+        """Conditioning vector [B, emb_channels] of noise_label [B], one-hot class_label [B, label_dim] and
+        augmentation [B, augment_dim]; without class and augmentation: unconditional, and not augmented."""
         emb = self.map_noise(noise_label)
         # The released weights were trained with sine and cosine halves swapped.
         emb = emb.unflatten(1, (2, -1)).flip(1).flatten(1)
@@ -132,11 +138,19 @@ class SongUNet(nn.Module):
             if class_label is None:
                 class_label = emb.new_zeros(len(emb), self.label_dim)
             emb = emb + self.map_label(class_label * self.label_dim**0.5)
+        if self.map_augment is not None and augmentation is not None:
+            emb = emb + self.map_augment(augmentation)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x: Tensor, noise_label: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """F(x): x [B, in_channels, H, W] and noise_label [B] -> [B, out_channels, H, W]."""
-        emb = self.embed(noise_label, class_label)
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor,
+        class_label: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """F(x): x [B, in_channels, H, W] and noise_label [B] -> [B, out_channels, H, W]; see `embed`."""
+        emb = self.embed(noise_label, class_label, augmentation)
         aux = x
         skips: list[Tensor] = []
         for name, layer in self.enc.items():
@@ -147,7 +161,7 @@ class SongUNet(nn.Module):
             elif name.endswith("_aux_residual"):
                 x = skips[-1] = aux = (x + layer(aux)) * 0.5**0.5
             else:
-                x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
+                x = self._block(layer, x, emb) if isinstance(layer, UNetBlock) else layer(x)
                 skips.append(x)
 
         output: Tensor | None = None
@@ -163,6 +177,11 @@ class SongUNet(nn.Module):
             else:
                 if x.shape[1] != layer.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb)
+                x = self._block(layer, x, emb)
         assert output is not None
         return output
+
+    def _block(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
