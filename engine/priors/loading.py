@@ -31,11 +31,13 @@ def load_prior(
     device: torch.device | str | None = None,
     precision: Precision = "float32",
     batch_size: int | None = None,
+    class_label: int | None = None,
 ) -> NetworkPrior:
     """An energy prior from a zoo name or a .safetensors file, on `device` (None: CPU).
 
     `precision` float32 or float64; float16 and bfloat16 run the network in half precision (for GPUs).
-    `batch_size` images go through the network at once (None: see NetworkPrior). Raises ValueError when the
+    `batch_size` images go through the network at once (None: see NetworkPrior). `class_label`: the class, for
+    a class-conditional network. Raises ValueError when the
     source is missing, damaged, foreign or no energy prior, and for options that this version does not have.
     """
     if backend != "torch":
@@ -57,6 +59,7 @@ def load_prior(
         metadata=metadata.model_dump(by_alias=True),
         batch_size=batch_size,
         precision=precision,
+        class_label=class_label,
     )
 
 

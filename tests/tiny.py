@@ -1,0 +1,51 @@
+"""A tiny data set and recipe for the tests of distillation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+NETWORK: dict[str, Any] = {
+    "img_resolution": 4,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 8,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def discs() -> np.ndarray:
+    """100 images of 8x8, uint8: bright discs at random places."""
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:8, :8]
+    centres = random.uniform(1, 6, (100, 2, 1, 1))
+    distance = np.hypot(rows - centres[:, 0], columns - centres[:, 1])
+    return np.uint8(255 * np.clip(3 - distance, 0, 1))
+
+
+def recipe_fields(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The recipe `tiny` for folder/images.npy, as YAML takes it."""
+    stage = {"batch_size": 8, "learning_rate": 3e-3, "warmup_steps": 5}
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"source": str(folder / "images.npy"), "noise_floor": 0.02},
+        "network": NETWORK,
+        "sigma_data": 0.7,
+        "patch": 2,
+        "sigma": {"log_mean": -1.0, "log_std": 1.4, "low": 0.005, "high": 40.0},
+        "teacher": {"steps": 12, **stage},
+        "energy": {"steps": 8, **stage},
+    }
+    return fields | changes
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether two modules have the same state, bit by bit."""
+    states = a.state_dict(), b.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][k], states[1][k]) for k in states[0]
+    )
