@@ -24,5 +24,5 @@ class ImageSource(Protocol):
         ...
 
     def held_out(self, count: int) -> Tensor:
-        """At most `count` images that `draw` never gives, float32 [count, C, H, W]; the same ones every time."""
+        """At most `count` images that `draw` never gives, float32 [count, C, H, W]; always the same ones."""
         ...

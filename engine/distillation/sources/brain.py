@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alpenglow.distillation.sources.nifti import read_volume, require_nibabel
+
 FOLDER = Path("data/brain")
 
 # A slice is held out by its place along the normal: 4 mm in every 40; the 2 mm beside are used by nobody.
@@ -45,7 +47,8 @@ intensity; for MNI152 also a mixture of the tissue maps), a random coil bias and
 99th percentile of the magnitude lies between 0.7 and 1.1. There are few anatomies here: it is a prior for
 demonstrations and method research, not for patients. Held out: along each of the three axes of every volume,
 the slices in {HELD_OUT_MM:g} mm of every {PERIOD_MM:g} mm, with {GUARD_MM:g} mm on either side that nobody
-uses. Other orientations of the same head cross them, so the figures below flatter the prior for other heads."""
+uses. Other orientations of the same head cross them, so the figures below flatter the prior for other
+heads."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,13 @@ def _split(position_mm: float) -> str:
 
 
 def _read(folder: Path, scan: Scan) -> _Volume:
-    import nibabel
-
-    channels = []
+    channels: list[Tensor] = []
     for name in (scan.file, *scan.tissues):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"no MR volume {path}; run `make data`")
-        image = nibabel.as_closest_canonical(nibabel.load(path))  # type: ignore[attr-defined]
-        values = np.asarray(image.dataobj, dtype=np.float32)
+        values, edges = read_volume(folder / name)
         # Intensities have no unit: white matter's is near 0.8; the tissue maps are shares of 255.
         top = 255.0 if channels else 1.25 * float(np.percentile(values[values > 0], 90))
         channels.append(torch.from_numpy(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)))
-    volume, voxel = torch.stack(channels), float(image.header.get_zooms()[0])
+    volume, voxel = torch.stack(channels), float(edges[0])
     places: dict[str, list[tuple[int, int]]] = {"training": [], "held out": [], "guard": []}
     for axis in range(3):
         tissue = (volume[0] > 25).float().mean(tuple(a for a in range(3) if a != axis))
@@ -90,14 +87,19 @@ def _read(folder: Path, scan: Scan) -> _Volume:
 
 
 class BrainSlices:
-    """Random complex brain slices [2, 128, 128]; volumes are read at the first draw (60 MB of memory).
+    """Random complex brain slices [2, 128, 128]; volumes are read at the first draw (73 MB of memory).
 
-    Raises ValueError where a volume is missing.
+    Raises ValueError where a volume is missing or cannot be read.
     """
 
     description = DESCRIPTION
 
     def __init__(self, folder: Path = FOLDER, size: int = 128) -> None:
+        require_nibabel()
+        names = [name for scan in SCANS for name in (scan.file, *scan.tissues)]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks the MR volumes {', '.join(missing)}; run `make data`")
         self.folder, self.size = folder, size
         self.image_shape = (2, size, size)
 
@@ -139,9 +141,7 @@ def _smooth(size: int, knots: int, generator: torch.Generator) -> Tensor:
     return F.interpolate(field, (size, size), mode="bicubic", align_corners=True)[0, 0]
 
 
-def _deform(
-    plane: Tensor, extent: float, size: int, generator: torch.Generator, *, mirror: bool
-) -> Tensor:
+def _deform(plane: Tensor, extent: float, size: int, generator: torch.Generator, *, mirror: bool) -> Tensor:
     """The plane [C, H, W] under a random affine and elastic map, as [C, size, size] over `extent` voxels."""
     normal = torch.randn(7, generator=generator).tolist()
     angle, shear = 0.2 * normal[0], 0.07 * normal[1]

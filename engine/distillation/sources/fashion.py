@@ -1,13 +1,13 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747)."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset
 
 from alpenglow.distillation.sources.indexed import IndexedSource
 
@@ -25,13 +25,9 @@ def fashion_mnist() -> IndexedSource:
     """Grey images [1, 28, 28]. Raises ValueError where the files are missing or damaged."""
     for folder in FOLDERS:
         if all((folder / name).is_file() for name in FILES):
-            training, test = (torch.from_numpy(read_idx(folder / name).copy()) for name in FILES)
-            count, total = len(training), len(training) + len(test)
-            return IndexedSource(
-                ConcatDataset([training, test]),  # type: ignore[list-item]
-                held_out=range(count, total),
-                description=DESCRIPTION,
-            )
+            training, test = (read_idx(folder / name) for name in FILES)
+            images = torch.from_numpy(np.concatenate([training, test]))
+            return IndexedSource(images, held_out=range(len(training), len(images)), description=DESCRIPTION)
     raise ValueError(
         "Fashion-MNIST was not found in " + " or ".join(map(str, FOLDERS)) + "; run `make data`, "
         "or install the Debian package dataset-fashion-mnist"
@@ -50,6 +46,6 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(f"{path} ends in its header; it is truncated")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     pixels = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    if pixels.size != np.prod(shape):
+    if pixels.size != math.prod(shape):
         raise ValueError(f"{path} holds {pixels.size} bytes, its header promises {shape}; it is truncated")
     return pixels.reshape(shape)

@@ -1,209 +1,131 @@
-"""Training images from files: a folder of images, or stacks of slices in NPY, HDF5 and NIfTI files."""
+"""Training images from files: a folder of images and stacks, or one stack (NPY, HDF5, NIfTI)."""
 
 import warnings
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-from torch import Tensor
+import torch.utils.data
 
 from alpenglow.distillation.config import DataConfig
-from alpenglow.distillation.sources.indexed import IndexedSource, SkipError
-from alpenglow.io import read_image
+from alpenglow.distillation.sources.arrays import Hdf5Stack, NpyImage, NpyStack
+from alpenglow.distillation.sources.indexed import IndexedSource
+from alpenglow.distillation.sources.nifti import NiftiStack, require_nibabel
+from alpenglow.distillation.sources.pictures import TIFF, Picture
+from alpenglow.distillation.sources.recent import Recent
+from alpenglow.distillation.sources.units import SkipError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
-HDF5 = (".h5", ".hdf5")
-NIFTI = (".nii", ".nii.gz")
-# Of a slice's pixels, at least so many must rise above this share of the volume's white.
-BLANK_LEVEL, BLANK_SHARE = 0.05, 0.02
-CACHED_FILES = 64
+PICTURES = (".png", ".jpg", ".jpeg", *TIFF)
+NPY, HDF5, NIFTI = (".npy",), (".h5", ".hdf5"), (".nii", ".nii.gz")
+STACKS = (*NPY, *HDF5, *NIFTI)
 
-
-class _Place(NamedTuple):
-    """Where an image lies: a file, and for a stack which of its slices."""
-
-    path: Path
-    index: int | None
-
-
-class FileItems:
-    """The images of files, read when they are asked for; the last CACHED_FILES decoded ones are kept."""
-
-    def __init__(self, places: list[_Place], config: DataConfig) -> None:
-        self.places, self.config = places, config
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Tensor | np.ndarray:
-        path, slice_index = self.places[index]
-        if slice_index is None:
-            return _image(path)
-        stack = _stack(path, self.config.dataset, self.config.axis)
-        if _kind(path) == NIFTI[0]:
-            return _nifti_slice(stack, slice_index)
-        return np.asarray(stack[slice_index])
+File = Picture | NpyImage | NpyStack | Hdf5Stack | NiftiStack
 
 
 def read_files(config: DataConfig) -> IndexedSource:
-    """The images of the file or folder `config.source`. Files that cannot be read are skipped with a count.
+    """The images of the file or folder `config.source`, read as they are drawn.
+
+    An NPY file that is the source itself is a stack, one in a folder an image. Files of a folder that cannot
+    be read are skipped: with a count here where the header tells, else as IndexedSource does. Without names
+    in `config.held_out` the last 5 % of the files are held out, of a single file the last 5 % of the images.
 
     Raises ValueError when the place is missing or holds no image that can be read, when a name in
-    `config.held_out` is not there, and for stacks of another form than [N, H, W] or [N, C, H, W].
+    `config.held_out` is not there, for stacks of another form than [N, H, W], [N, C, H, W] or [N, H, W, C],
+    and where IndexedSource does.
     """
-    path = Path(config.source)
+    path, recent = Path(config.source), Recent()
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _kind(file) and not file.name.startswith(".")]
-        if not files:
-            raise ValueError(f"the folder {path} holds no image file ({', '.join((*IMAGES, *HDF5, *NIFTI))})")
-    elif path.is_file() and (_kind(path) in (*HDF5, *NIFTI) or path.suffix == ".npy"):
-        files = [path]
+        files = _open_folder(path, config, recent)
+    elif path.is_file() and _is(path, STACKS):
+        files = [_open(path, config, recent, alone=True)]
     else:
         raise ValueError(
-            f"data source {config.source!r} is neither 'fashion-mnist' nor 'brain' nor a folder, nor an existing .npy, "
-            ".h5 or NIfTI file"
+            f"data source {config.source!r} is neither 'fashion-mnist' nor 'brain' nor a folder, nor an "
+            "existing .npy, .h5 or NIfTI file"
         )
-    places, unreadable = [], []
-    for file in files:
+    if len(files) == 1 and isinstance(files[0], NiftiStack):
+        # The last slices of a head are air: nothing would be held out.
+        files[0].drop_blank()
+    return IndexedSource(
+        torch.utils.data.ConcatDataset(files),  # type: ignore[arg-type]
+        held_out=_held_out(files, config),
+        image_size=config.image_size,
+        description=_describe(config, len(files)),
+    )
+
+
+def _open_folder(folder: Path, config: DataConfig, recent: Recent) -> list[File]:
+    paths = [path for path in sorted(folder.rglob("*")) if _is_ours(path, folder)]
+    if not paths:
+        raise ValueError(f"the folder {folder} holds no image file ({', '.join((*PICTURES, *STACKS))})")
+    files, unreadable = [], []
+    for path in paths:
         try:
-            places += list(_places(file, config, alone=path.is_file()))
+            files.append(_open(path, config, recent, alone=False))
         except SkipError as error:
-            if path.is_file():
-                raise ValueError(str(error)) from None
             unreadable.append(str(error))
     if unreadable:
-        message = f"{len(unreadable)} of {len(files)} files in {path} cannot be read; {unreadable[0]}"
-        if not places:
+        message = f"{len(unreadable)} of {len(paths)} files in {folder} cannot be read; {unreadable[0]}"
+        if not files:
             raise ValueError(message)
-        warnings.warn(f"{message}. They are skipped", stacklevel=2)
-    return IndexedSource(
-        FileItems(places, config),
-        held_out=_held_out(places, config),
-        image_size=config.image_size,
-        description=_describe(config),
-    )
+        warnings.warn(f"{message}. They are skipped", stacklevel=3)
+    return files
 
 
-def _held_out(places: list[_Place], config: DataConfig) -> list[int] | None:
-    if not config.held_out:
+def _is(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def _is_ours(path: Path, folder: Path) -> bool:
+    # Thumbnails and checkpoints in hidden folders are copies: of held-out images too.
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return _is(path, (*PICTURES, *STACKS)) and not hidden and path.is_file()
+
+
+def _open(path: Path, config: DataConfig, recent: Recent, *, alone: bool) -> File:
+    if _is(path, NIFTI):
+        require_nibabel()
+        return NiftiStack(path, config.axis, recent)
+    if _is(path, HDF5):
+        return Hdf5Stack(path, config.dataset)
+    if _is(path, NPY):
+        return NpyStack(path) if alone else NpyImage(path)
+    return Picture(path, recent)
+
+
+def _held_out(files: list[File], config: DataConfig) -> list[int] | None:
+    """The indices of the images of held-out files; None: IndexedSource's own choice."""
+    chosen = _held_files(files, config)
+    if not chosen:
         return None
-    missing = set(config.held_out) - {place.path.name for place in places}
+    held: list[int] = []
+    first = 0
+    for file in files:
+        if file in chosen:
+            held += range(first, first + len(file))
+        first += len(file)
+    return held
+
+
+def _held_files(files: list[File], config: DataConfig) -> set[File]:
+    missing = set(config.held_out) - {file.path.name for file in files}
     if missing:
-        raise ValueError(f"held_out names {', '.join(sorted(missing))}, which {config.source} does not hold")
-    return [k for k, place in enumerate(places) if place.path.name in config.held_out]
+        raise ValueError(
+            f"held_out names {', '.join(sorted(missing))}; {config.source} holds no such readable file"
+        )
+    if config.held_out:
+        return {file for file in files if file.path.name in config.held_out}
+    # Whole files: neighbouring slices of a volume are alike.
+    return set(files[-max(1, len(files) // 20) :]) if len(files) > 1 else set()
 
 
-def _describe(config: DataConfig) -> str:
-    held = (
-        f"the files {', '.join(config.held_out)}"
-        if config.held_out
-        else "the last 5 % of the images (at least one); where neighbours are alike, as slices of a volume "
-        "are, the figures below flatter the prior"
-    )
+def _describe(config: DataConfig, files: int) -> str:
+    held = f"the files {', '.join(config.held_out)}"
+    if not config.held_out and files > 1:
+        held = "the last 5 % of the files (at least one)"
+    elif not config.held_out:
+        held = (
+            "the last 5 % of the images (at least one); where neighbours are alike, as slices of a volume "
+            "are, the figures below flatter the prior"
+        )
     origin = config.attribution or "Their licence is that of their owner."
     crops = f" Random square crops, scaled to {config.image_size} pixels." if config.image_size else ""
     return f"`{config.source}`.{crops} {origin} Held out: {held}."
-
-
-def _kind(path: Path) -> str:
-    """The suffix by which a file is read; empty where it is none of ours."""
-    name = path.name.lower()
-    if name.endswith(NIFTI):
-        return NIFTI[0]
-    return path.suffix.lower() if path.suffix.lower() in (*IMAGES, *HDF5) else ""
-
-
-def _places(path: Path, config: DataConfig, *, alone: bool) -> Iterator[_Place]:
-    """Of one file. An NPY file that is the source itself is a stack, one in a folder an image."""
-    if _kind(path) in IMAGES and not alone:
-        _open_image(path)
-        yield _Place(path, None)
-        return
-    stack = _stack(path, config.dataset, config.axis)
-    if _kind(path) == NIFTI[0]:
-        count = stack.shape[2]
-    else:
-        if stack.ndim not in (3, 4) or stack.dtype.kind not in "uifc" or not len(stack):
-            raise SkipError(f"{path} holds {stack.dtype} {stack.shape}; expected [N, H, W] or [N, C, H, W], N > 0")
-        count = len(stack)
-    yield from (_Place(path, index) for index in range(count))
-
-
-def _open_image(path: Path) -> None:
-    """Look at the header alone: a folder may hold a million images."""
-    import PIL.Image
-
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-        try:
-            with PIL.Image.open(path):
-                return
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise SkipError(f"{path}: {error}") from None
-    _image(path)
-
-
-@lru_cache(maxsize=CACHED_FILES)
-def _image(path: Path) -> Tensor:
-    try:
-        return read_image(path)
-    except (ValueError, OSError) as error:
-        raise SkipError(str(error)) from None
-
-
-@lru_cache(maxsize=CACHED_FILES)
-def _stack(path: Path, dataset: str | None, axis: int) -> Any:
-    """What gives slice i as stack[i]; for NIfTI the canonical volume with the slices along the last axis."""
-    try:
-        if _kind(path) == NIFTI[0]:
-            return _nifti(path, axis)
-        return _hdf5(path, dataset) if path.suffix.lower() in HDF5 else _npy(path)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
-        raise SkipError(f"{path} cannot be read: {error}") from None
-
-
-def _npy(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise SkipError(f"{path} is an archive of arrays (.npz)")
-    return array
-
-
-def _hdf5(path: Path, dataset: str | None) -> Any:
-    import h5py
-
-    file = h5py.File(path, "r")
-    if dataset is None:
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if getattr(item, "ndim", 0) >= 3 else None)
-        if len(names) != 1:
-            raise SkipError(f"{path} holds {len(names)} stacks ({', '.join(names)}); name one in `dataset`")
-        dataset = names[0]
-    if not isinstance(file.get(dataset), h5py.Dataset):
-        raise SkipError(f"{path} has no dataset {dataset!r}")
-    return file[dataset]
-
-
-def _nifti(path: Path, axis: int) -> np.ndarray:
-    """[.., .., slices], float32, with white, the 99.5th percentile of what is not 0, at 1."""
-    try:
-        import nibabel
-    except ImportError:
-        raise ValueError("NIfTI files need nibabel: pip install 'alpenglow[mri]'") from None
-    try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))  # type: ignore[attr-defined]
-        volume = np.asarray(image.dataobj, np.float32)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise SkipError(f"{path}: {error}") from None
-    if volume.ndim != 3 or not (volume > 0).any():
-        raise SkipError(f"{path} holds {volume.shape}; expected one volume with positive values")
-    return np.moveaxis(volume, axis, 2) / np.percentile(volume[volume > 0], 99.5)
-
-
-def _nifti_slice(volume: np.ndarray, index: int) -> np.ndarray:
-    """[H, W] in [-1, 1] (white may exceed it), superior or anterior at the top."""
-    plane = volume[:, ::-1, index].T
-    if (plane > BLANK_LEVEL).mean() < BLANK_SHARE:
-        raise SkipError("the slice is blank")
-    return np.ascontiguousarray(2 * plane - 1)

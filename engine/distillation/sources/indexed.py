@@ -1,43 +1,47 @@
 """Training images from anything with a length and items, a torch Dataset say."""
 
 import math
+import random
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alpenglow.distillation.sources.units import SkipError, to_units
+
 # Crops are scaled down by at most this factor: reading larger ones costs more than training on them.
 LARGEST_SCALE = 8
-# So many images in a row that cannot be read are no accident.
+# So many images in a row that cannot be used are no accident.
 TRIES = 100
-
-
-class SkipError(ValueError):
-    """An item that is to be passed over: unreadable, or blank."""
+# So many images say which shape the others are expected to have.
+VOTES = 9
 
 
 class Items(Protocol):
-    """A map-style torch Dataset: items are images [C, H, W] or [H, W], or tuples that begin with one."""
+    """A map-style torch Dataset: item i is always the same image, or a tuple that begins with it."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class IndexedSource:
     """Random items of `items`, whole or as random square crops, read when they are drawn.
 
-    items: a map-style torch Dataset of images [C, H, W] or [H, W] (tensors, arrays or PIL images), or of tuples that
-    begin with one. Integers are scaled to [-1, 1] by the range of their type, floats taken as they are,
-    complex images become two channels. `held_out`: the indices that training never sees; by default the last
-    5 %, at least one. `image_size`: side of crops that are taken from a random place at a random scale, from
-    one image pixel to a pixel up to eight, half of them mirrored. An item that raises SkipError, or that does not have
-    `image_shape`, is passed over, with one warning.
+    items: a map-style torch Dataset of images, as `to_units` takes them. `held_out`: the indices that
+    training never sees; by default the last 5 %, at least one. `image_size`: side of crops that are taken
+    from a random place at a random scale, from one image pixel to a pixel up to eight, half of them mirrored.
 
-    Raises ValueError for fewer than two items, and when a hundred items in a row are unusable.
+    Images have the shape (of crops: the channels) that most of a few have. One of another shape, one that
+    raises SkipError or OSError, and one (of crops: a crop) that holds NaN or infinity is passed over; the
+    1st, 10th, 100th .. such image warns.
+
+    Raises ValueError for fewer than two items, for held-out indices that do not exist or are all there are,
+    when no held-out image can be used, and when no training image or none of a hundred in a row can be.
     """
 
     def __init__(
@@ -48,85 +52,115 @@ class IndexedSource:
         image_size: int | None = None,
         description: str = "",
     ) -> None:
-        count = len(items)
-        if count < 2:
-            raise ValueError(f"the data holds {count} images; expected two or more, the last 5 % are held out")
-        if held_out is None:
-            held_out = range(count - max(1, count // 20), count)
-        kept = sorted(set(range(count)) - set(held_out))
-        if not kept or not held_out:
-            raise ValueError(f"{len(held_out)} of {count} images are held out; expected some, not all")
         self.items, self.image_size, self.description = items, image_size, description
-        self.training, self.held = kept, list(held_out)
-        self._skipped: set[int] = set()
-        channels, height, width = self._first().shape
-        side = image_size
-        self.image_shape = (channels, height, width) if side is None else (channels, side, side)
+        self.training, self.held = _split(len(items), held_out)
+        self._unusable: set[int] = set()
+        """Of the training images, those that no crop can make usable."""
+        self._noted: set[int] = set()
+        self._why = ""
+        self.image_shape = self._commonest_shape()
+        # Now rather than after hours of training.
+        self.draw(torch.Generator())
+        self.held_out(1)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         for _ in range(TRIES):
-            index = self.training[int(torch.randint(len(self.training), (), generator=generator))]
-            image = self._usable(index)
+            index = self._pick(generator)
+            image = self._load(index)
             if image is None:
-                continue
-            # Looked at after cropping: the whole photograph may be a hundred times larger.
-            if (image := self._crop(image, generator)).isfinite().all():
-                return image
-            self._skip(index, "it holds NaN or infinity")
+                self._unusable.add(index)
+            elif (view := self._view(index, image, generator)) is not None:
+                return view
         raise ValueError(f"{TRIES} images in a row could not be used; {self._why}")
 
     def held_out(self, count: int) -> Tensor:
-        if self.image_size is None:
-            images = (self._usable(index) for index in self.held)
-            found = [image for image, _ in zip(filter(_is_image, images), range(count), strict=False)]
-        else:
-            # Crops: as many as asked for, from all the images in turn.
-            generator = torch.Generator().manual_seed(0)
-            usable = [index for index in self.held if self._usable(index) is not None]
-            found = [
-                self._crop(self._usable(usable[k % len(usable)]), generator) for k in range(count if usable else 0)
-            ]
+        """The first `count` held-out images, fewer where there are no more; of crops, `count`."""
+        found = list(islice(self._held_views(), count))
         if not found:
             raise ValueError(f"none of the {len(self.held)} held-out images can be used; {self._why}")
         return torch.stack(found)
 
-    def _first(self) -> Tensor:
-        for index in self.training[:TRIES]:
-            try:
-                return to_units(self.items[index])
-            except SkipError as error:
-                self._skip(index, str(error))
-        raise ValueError(f"none of the first images can be used; {self._why}")
+    def _pick(self, generator: torch.Generator) -> int:
+        """A random training image. Known bad ones are not read again, but cost the random number they did."""
+        while len(self._unusable) < len(self.training):
+            index = self.training[int(torch.randint(len(self.training), (), generator=generator))]
+            if index not in self._unusable:
+                return index
+        raise ValueError(f"none of the {len(self.training)} training images can be used; {self._why}")
 
-    def _usable(self, index: int) -> Tensor | None:
+    def _held_views(self) -> Iterator[Tensor]:
+        """Held-out images in turn; crops of them without end."""
+        generator = torch.Generator().manual_seed(0)
+        more = True
+        while more:
+            more = False
+            for index in self.held:
+                image = self._load(index)
+                view = None if image is None else self._view(index, image, generator)
+                if view is not None:
+                    more = self.image_size is not None
+                    yield view
+
+    def _commonest_shape(self) -> tuple[int, int, int]:
+        """Of a few images from everywhere: the first may be the odd one."""
+        votes: Counter[tuple[int, int, int]] = Counter()
+        for index in random.Random(0).sample(self.training, min(TRIES, len(self.training))):
+            if (image := self._read(index)) is not None:
+                channels, height, width = image.shape
+                side = self.image_size
+                votes[(channels, side, side) if side else (channels, height, width)] += 1
+            if votes.total() == VOTES:
+                break
+        if not votes:
+            raise ValueError(f"none of the training images can be used; {self._why}")
+        return votes.most_common(1)[0][0]
+
+    def _read(self, index: int) -> Tensor | None:
         try:
-            image = to_units(self.items[index])
-        except SkipError as error:
-            return self._skip(index, str(error))
+            return to_units(self.items[index])
+        except (SkipError, OSError) as error:
+            self._note(index, str(error))
+            return None
+
+    def _load(self, index: int) -> Tensor | None:
+        """The whole image, if it has the shape of the others."""
+        image = self._read(index)
+        if image is None:
+            return None
         if self.image_size is None:
             fits = tuple(image.shape) == self.image_shape
         else:
-            fits = image.shape[0] == self.image_shape[0] and min(image.shape[1:]) >= self.image_size
+            fits = len(image) == self.image_shape[0] and min(image.shape[1:]) >= self.image_size
         if fits:
             return image
         expected = "x".join(map(str, self.image_shape)) + (" or larger" if self.image_size else "")
-        return self._skip(index, f"it is {'x'.join(map(str, image.shape))}, expected {expected}")
+        self._note(index, f"it is {'x'.join(map(str, image.shape))}, expected {expected}")
+        return None
 
-    _why = ""
+    def _view(self, index: int, image: Tensor, generator: torch.Generator) -> Tensor | None:
+        """What is drawn of an image: a crop, or a copy that the caller may write to."""
+        view = image.clone() if self.image_size is None else self._crop(image, self.image_size, generator)
+        # Looked at after cropping: the whole photograph may be a hundred times larger.
+        if view.isfinite().all():
+            return view
+        self._note(index, "it holds NaN or infinity")
+        return None
 
-    def _skip(self, index: int, why: str) -> None:
-        if not self._skipped:
-            warnings.warn(f"image {index} is skipped, as others of its kind will be: {why}", stacklevel=3)
+    def _note(self, index: int, why: str) -> None:
         self._why = f"image {index}, for one: {why}"
-        self._skipped.add(index)
+        if index in self._noted:
+            return
+        self._noted.add(index)
+        count = len(self._noted)
+        if count in (10**power for power in range(10)):
+            warnings.warn(f"image {index} is skipped ({count} so far): {why}", stacklevel=4)
 
-    def _crop(self, image: Tensor | None, generator: torch.Generator) -> Tensor:
-        assert image is not None
-        if self.image_size is None:
-            return image
-        largest = min(*image.shape[1:], LARGEST_SCALE * self.image_size)
+    @staticmethod
+    def _crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """A random square of [C, H, W], mirrored or not, as [C, size, size]."""
+        largest = min(*image.shape[1:], LARGEST_SCALE * size)
         scale = torch.rand((), generator=generator).item()
-        side = round(self.image_size * math.exp(scale * math.log(largest / self.image_size)))
+        side = round(size * math.exp(scale * math.log(largest / size)))
         top, left = (
             int(torch.randint(extent - side + 1, (), generator=generator)) for extent in image.shape[1:]
         )
@@ -134,34 +168,22 @@ class IndexedSource:
         if torch.rand((), generator=generator) < 0.5:
             crop = crop.flip(3)
         # A whole factor by block means first: it costs a tenth of the filter that does the rest.
-        crop = F.avg_pool2d(crop, side // self.image_size)
-        size = (self.image_size, self.image_size)
-        return F.interpolate(crop, size, mode="bilinear", antialias=True)[0]
+        crop = F.avg_pool2d(crop, side // size)
+        return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _is_image(image: Tensor | None) -> bool:
-    return image is not None
-
-
-def to_units(item: Any) -> Tensor:
-    """An item of a data set as float32 [C, H, W]; SkipError where it is no image.
-
-    Integers to [-1, 1] by the range of their type, floats as they are, complex numbers as two channels.
-    """
-    image = item[0] if isinstance(item, tuple | list) else item
-    if not isinstance(image, Tensor):
-        array = np.asarray(image)
-        # PIL images and arrays of photographs carry their channels last.
-        image = torch.from_numpy(array.transpose(2, 0, 1).copy() if _channels_last(array) else array.copy())
-    if image.is_complex():
-        image = torch.stack([image.real, image.imag])
-    elif not image.is_floating_point():
-        image = image.float() * (2 / torch.iinfo(image.dtype).max) - 1
-    image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3:
-        raise SkipError(f"it has the shape {tuple(image.shape)}, expected [C, H, W] or [H, W]")
-    return image.float()
-
-
-def _channels_last(array: np.ndarray) -> bool:
-    return array.ndim == 3 and array.shape[2] == 3 and array.shape[0] != 3
+def _split(count: int, held_out: Sequence[int] | None) -> tuple[Sequence[int], Sequence[int]]:
+    """The indices of training and the held-out ones."""
+    if count < 2:
+        raise ValueError(f"the data holds {count} images; expected two or more, some are held out")
+    if held_out is None:
+        first = count - max(1, count // 20)
+        return range(first), range(first, count)
+    held = dict.fromkeys(held_out)
+    strange = [index for index in held if not 0 <= index < count]
+    if strange:
+        raise ValueError(f"held_out names image {strange[0]}; expected 0 to {count - 1}")
+    training = [index for index in range(count) if index not in held]
+    if not training or not held:
+        raise ValueError(f"{len(held)} of {count} images are held out; expected some, not all")
+    return training, list(held)
