@@ -13,6 +13,7 @@ from alpenglow.io import read_image
 from alpenglow.io.measurements import as_grey, read_kspace
 from alpenglow.operator_specs import OPERATORS, OperatorSpec, Shape, naming
 from alpenglow.operators.base import LinearOperator
+from alpenglow.priors.hub import PREFIX
 from alpenglow.priors.loading import load_prior
 from alpenglow.priors.network import NetworkPrior
 
@@ -30,7 +31,9 @@ class Job(BaseModel):
     input: Path = Field(
         description="the measurement, a PNG, TIFF or NPY file (with simulate: the clean image)"
     )
-    prior: str = Field(description="a zoo prior (`alpenglow info` lists them) or a .safetensors file")
+    prior: str = Field(
+        description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"
+    )
     operator: OperatorSpec = Field(discriminator="kind", description="a kind, and what that kind needs")
     noise_std: float = Field(
         gt=0,
@@ -163,10 +166,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     place(fields, "input", "truth", "output")
     if isinstance(fields.get("operator"), dict):
         place(fields["operator"], "mask")
-    prior = fields.get("prior")
-    if isinstance(prior, str) and (len(Path(prior).parts) > 1 or Path(prior).suffix):
+    if _is_path(fields.get("prior")):
         place(fields, "prior")
     return fields
+
+
+def _is_path(prior: Any) -> bool:
+    """Whether a job's prior is a file, and no name of the zoo or the hub."""
+    if not isinstance(prior, str) or prior.startswith(PREFIX):
+        return False
+    return len(Path(prior).parts) > 1 or bool(Path(prior).suffix)
 
 
 def _explain(item: Any) -> str:

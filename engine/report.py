@@ -16,6 +16,7 @@ from alpenglow.io import read_image
 from alpenglow.io.files import atomic_path
 from alpenglow.networks.storage import read_denoiser
 from alpenglow.posterior import Posterior
+from alpenglow.priors import hub
 from alpenglow.priors.loading import ZOO, load_denoiser, load_prior, zoo_names
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def zoo() -> dict[str, str]:
 
 
 def prior(source: str) -> dict[str, Any]:
-    """The header of a zoo prior or a .safetensors file. Raises ValueError for anything else."""
+    """The header of a zoo prior, a .safetensors file or a prior of the hub. ValueError for anything else."""
+    if source.startswith(hub.PREFIX):
+        return _header(hub.fetch(source))
     if source in zoo_names():
         with as_file(files(ZOO) / f"{source}.safetensors") as path:
             return _header(path)
@@ -145,15 +148,25 @@ def compare(
 
 
 def _held_out(data: str | None) -> "tuple[ImageSource, float]":
-    """The images, and the noise floor of the recipe that names them."""
+    """The images, and the noise floor of the recipe that names them; of a plain file or folder, all."""
+    from torch.utils.data import ConcatDataset
+
     from alpenglow.demo import held_out_images
     from alpenglow.distillation.config import DataConfig, load_recipe
     from alpenglow.distillation.sources import IndexedSource, open_source
+    from alpenglow.distillation.sources.indexed import Items
+
+    def all_of(items: Items) -> IndexedSource:
+        # A source trains on some of its images, so it gets them twice; nobody trains here.
+        twice = ConcatDataset([items, items])  # type: ignore[list-item]
+        return IndexedSource(twice, held_out=range(len(items)))
 
     if data is None:
-        pixels = held_out_images()
-        return IndexedSource([*pixels, *pixels], held_out=range(len(pixels))), 0.0
+        return all_of(held_out_images()), 0.0
     if Path(data).suffix in (".yaml", ".yml"):
         config = load_recipe(data).data
         return open_source(config), config.noise_floor
-    return open_source(DataConfig.model_validate({"source": data})), 0.0
+    source = open_source(DataConfig.model_validate({"source": data}))
+    if Path(data).exists() and isinstance(source, IndexedSource):
+        source = all_of(source.items)
+    return source, 0.0

@@ -1,10 +1,16 @@
 """A tiny data set and recipe for the tests of distillation."""
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from alpenglow.distillation.batches import Batch, image_generator
+from alpenglow.networks.denoiser import EDMDenoiser
 
 NETWORK: dict[str, Any] = {
     "img_resolution": 4,
@@ -49,3 +55,35 @@ def same_weights(a: Any, b: Any) -> bool:
     return states[0].keys() == states[1].keys() and all(
         torch.equal(states[0][k], states[1][k]) for k in states[0]
     )
+
+
+def random_denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
+    """A network whose every weight matters (the initial one nearly ignores its input)."""
+    denoiser = EDMDenoiser.from_config(
+        {"backbone": "SongUNet", "network": NETWORK | network, "sigma_data": 0.7, "patch": 2}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return denoiser
+
+
+def logged(log: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and learning rate of each line of a training log."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(record["step"], record["loss"], record["lr"]) for record in records]
+
+
+def line_batches(steps: range) -> Iterator[Batch]:
+    """Batches for `line_loss`: `clean` [8, 3, 1, 1] is all that matters."""
+    for step in steps:
+        x = torch.randn(8, 3, 1, 1, generator=image_generator(3, step, 0))
+        yield Batch(x, torch.ones(8), torch.zeros_like(x), torch.zeros(8, 9), torch.zeros(8, 0))
+
+
+def line_loss(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """That of a linear regression, of the sum of three numbers on them."""
+    x = batch.clean.flatten(1)
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AUGMENT_DIM = 9
-SCALE = math.log(2) / 4
-TURN = math.pi
-STRETCH = math.log(2) / 4
+# Standard deviations of log scale, log stretch and the shift's share of the image: EDM's own.
+SCALE = STRETCH = 0.2 * math.log(2)
 SHIFT = 1 / 8
 OVERSAMPLING = 2
 
@@ -22,16 +21,20 @@ OVERSAMPLING = 2
 def augment(image: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(augmented image [C, H, W], what was done [9]); each transformation happens with `probability`.
 
-    The nine numbers, as in EDM's table 6: horizontal and vertical flip; log of the scale; cosine - 1 and
-    sine of the turn; log of the stretch times cosine and sine of its axis; shift across and along, as shares.
+    The nine numbers are EDM's (table 6): flipped across, flipped along (by the toss of a coin, where a flip
+    happens); log of the scale; cosine - 1 and sine of the turn; log of the stretch times cosine and sine of
+    its axis; shift right and down as a share of the image. Logs and shares are in their standard deviations,
+    angles counterclockwise.
     """
-    happens = torch.rand(6, generator=generator) < probability
-    chance = torch.rand(4, generator=generator).tolist()
+    happens = (torch.rand(6, generator=generator) < probability).tolist()
+    chance = torch.rand(5, generator=generator).tolist()
     normal = torch.randn(4, generator=generator).tolist()
-    across, along = (bool(flip) and chance[k] < 0.5 for k, flip in enumerate(happens[:2]))
+    across, along = (flip and chance[k] < 0.5 for k, flip in enumerate(happens[:2]))
     scale = SCALE * normal[0] if happens[2] else 0.0
-    turn = TURN * (2 * chance[2] - 1) if happens[3] else 0.0
-    axis, stretch = (TURN * (2 * chance[3] - 1), STRETCH * normal[1]) if happens[4] else (0.0, 0.0)
+    turn = math.pi * (2 * chance[2] - 1) if happens[3] else 0.0
+    stretch = STRETCH * normal[1] if happens[4] else 0.0
+    # Half of the stretches are along the image's own axes.
+    axis = math.pi * (2 * chance[3] - 1) if chance[4] < 0.5 else 0.0
     shift = (SHIFT * normal[2], SHIFT * normal[3]) if happens[5] else (0.0, 0.0)
     done = torch.tensor(
         [
@@ -51,7 +54,8 @@ def augment(image: Tensor, probability: float, generator: torch.Generator) -> tu
 
 
 def _turn(angle: float) -> Tensor:
-    return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    """Counterclockwise as one looks at the image, whose y points down."""
+    return torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
 
 def _stretch(axis: float, log_factor: float) -> Tensor:
@@ -63,7 +67,7 @@ def _stretch(axis: float, log_factor: float) -> Tensor:
 def _warp(image: Tensor, inverse: Tensor, shift: Tensor) -> Tensor:
     """The image [C, H, W] under the affine map whose inverse is given, about its centre, in pixels.
 
-    Mirrored at the edges; sampled on a finer grid that is averaged, so that what is shrunk does not alias.
+    Mirrored at the edges; sampled on a finer grid that is averaged, so that what is shrunk aliases less.
     """
     height, width = image.shape[1:]
     size = torch.tensor([width, height], dtype=torch.float32)

@@ -48,7 +48,10 @@ def image_generator(seed: int, step: int, index: int) -> torch.Generator:
 
 
 class Batches(Dataset[Batch]):
-    """Item t is the share of step t's batch that process `rank` of `count` works on."""
+    """Item t is the share of step t's batch that process `rank` of `count` works on.
+
+    Raises ValueError for a batch that does not divide into processes and parts.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class Batches(Dataset[Batch]):
     ) -> None:
         if stage.batch_size % (count * stage.parts):
             raise ValueError(
-                f"batch_size {stage.batch_size} is no multiple of {count} processes times {stage.parts} parts"
+                f"batch_size is {stage.batch_size}; expected a multiple of {count * stage.parts} "
+                f"({count} processes times {stage.parts} parts)"
             )
         self.source, self.seed, self.label_dim = source, seed, label_dim
         self.floor, self.law, self.augment = recipe.data.noise_floor, recipe.sigma, stage.augment

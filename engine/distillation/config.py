@@ -32,7 +32,8 @@ class DataConfig(_Strict):
         None, description="side of a random square crop; without it images are taken whole"
     )
     held_out: tuple[str, ...] = Field(
-        (), description="names of the files of a folder that are held out; without them the last 5 %"
+        (),
+        description="files of a folder that are held out; without, the last 5 % (of several files: files)",
     )
     dataset: str | None = Field(None, description="name of the dataset in a .h5 file")
     axis: Literal[0, 1, 2] = Field(

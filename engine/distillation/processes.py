@@ -1,5 +1,6 @@
 """The processes of one training run: one, or as many as torchrun or `accelerate launch` started."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,10 @@ class Processes:
     def launched(cls) -> "Processes":
         """Those that a launcher started, joined through Accelerate; without a launcher, this one.
 
-        Raises ValueError when a launcher was used and accelerate is not installed.
+        Raises ValueError when a launcher was used and accelerate is not installed, or does not know it.
         """
-        import os
-
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
             return cls.alone()
         try:
             from accelerate import PartialState
@@ -39,6 +39,12 @@ class Processes:
                 "training on several processes needs accelerate: pip install 'alpenglow[train]'"
             ) from None
         state = PartialState(cpu=not torch.cuda.is_available())
+        # Otherwise each would train by itself, and all would write the same files.
+        if state.num_processes != count:
+            raise ValueError(
+                f"WORLD_SIZE is {count}, and Accelerate sees {state.num_processes} processes; "
+                "start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
@@ -58,12 +64,17 @@ class Processes:
             gradient.copy_(part.view_as(gradient))
 
     def mean(self, value: float) -> float:
+        """Of a number that each process has."""
         if self.count == 1:
             return value
         from accelerate.utils import reduce
 
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         return float(reduce(tensor, reduction="mean"))
+
+    def agree(self, number: int) -> bool:
+        """Whether all have the same number. Told by its mean: where they differ, at least two learn of it."""
+        return self.mean(number) == number
 
     def wait(self) -> None:
         """Until all processes are here: the first has written what the others will read."""

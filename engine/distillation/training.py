@@ -3,9 +3,13 @@
 import copy
 import json
 import math
+import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +41,11 @@ def learning_rate(step: int, config: StageConfig) -> float:
 
 
 def ema_decay(step: int, power: float) -> float:
-    """What the moving average keeps at step 0, 1, ..: then step t weighs t^power (EDM2, equation 127)."""
+    """What the moving average keeps at step 0, 1, ..: the t-th step then weighs t^power (EDM2, equation 127).
+
+    To be exact, t^(power + 1) - (t - 1)^(power + 1).
+    """
     return (step / (step + 1)) ** (power + 1)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    try:
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
-    # torch.save turns a full disk into a RuntimeError of its zip writer.
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"could not write the checkpoint {path} ({error}); the one before it is whole. Make room and "
-            "start the same command again: it goes on from there"
-        ) from error
-
-
-def _cut_log(log: Path, last: int) -> None:
-    """Drop the lines after step `last`, which will be written again, and a line that a kill tore."""
-    kept = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        try:
-            if json.loads(line)["step"] <= last:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    with atomic_path(log) as temporary:
-        temporary.write_text("".join(kept))
 
 
 def train(
@@ -85,118 +67,184 @@ def train(
     (atomically, every `checkpoint_seconds`) and folder/<name>.jsonl with one line a hundred steps; when the
     checkpoint exists, goes on from it, and at once returns a finished stage. `origin`: all that the outcome
     depends on but `config` and `seed`, as JSON takes it; a checkpoint keeps it. More `steps` than the
-    checkpoint was made with lengthen the run.
+    checkpoint was made with lengthen the run. `seed`: of dropout; the same for every process.
 
-    Raises ValueError for a checkpoint of another recipe, RuntimeError when the loss stops being finite and
-    OSError when the disk is full, leaving the last good checkpoint.
+    Raises ValueError for a checkpoint of another recipe or of more steps, RuntimeError when the loss stops
+    being finite and OSError when the disk is full, leaving the last good checkpoint.
     """
     processes = processes or Processes.alone()
-    device = processes.device
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.ckpt", folder / f"{name}.jsonl"
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # type: ignore[attr-defined]
-    start, seconds_before, running, count = 0, 0.0, 0.0, 0
+    run = _Run(model.to(processes.device), config, _identity(config, seed, origin))
+    if checkpoint.is_file():
+        run.load(checkpoint)
+    if not processes.agree(run.step):
+        raise ValueError(f"not all processes see the same {checkpoint}; give a folder that they share")
+    if run.step == config.steps:
+        return run.ema
+    if processes.first:
+        _cut_log(log, run.step)
+    clock = saved = time.monotonic()
+    steps = range(run.step, config.steps)
+    with _progress(name, steps, shown=processes.first and sys.stderr.isatty()) as show:
+        for step, batch in zip(steps, batches(steps), strict=True):
+            value = run.advance(loss, batch.to(processes.device), processes, seed + step)
+            if not math.isfinite(value):
+                good = f"; {checkpoint} holds an earlier state" if checkpoint.is_file() else ""
+                raise RuntimeError(
+                    f"{name}: the loss or its gradient is {value} at step {step}{good}. "
+                    "Lower learning_rate, and train afresh in another folder"
+                )
+            now = time.monotonic()
+            run.seconds, clock = run.seconds + now - clock, now
+            if not processes.first:
+                continue
+            last = run.step == config.steps
+            if last or run.step % LOG_STEPS == 0:
+                show(loss=f"{run.write_log(log):.5f}")
+            show(completed=run.step)
+            if last or now - saved > checkpoint_seconds:
+                run.save(checkpoint)
+                saved = now
+    processes.wait()
+    return run.ema
+
+
+def _identity(config: StageConfig, seed: int, origin: Mapping[str, Any] | None) -> str:
     # Options added later, at their defaults, and the length of the run do not make it another run.
     stage = config.model_dump(mode="json", exclude={"steps"}, exclude_defaults=True)
-    identity = json.dumps({"seed": seed, "stage": stage, "origin": dict(origin or {})}, sort_keys=True)
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        if state["origin"] != identity:
+    return json.dumps({"seed": seed, "stage": stage, "origin": dict(origin or {})}, sort_keys=True)
+
+
+class _Run:
+    """What changes while a stage trains: all that its checkpoint keeps."""
+
+    def __init__(self, model: nn.Module, config: StageConfig, identity: str) -> None:
+        self.model, self.config, self.identity = model, config, identity
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.step, self.seconds = 0, 0.0
+        # Sum and number of the losses since the last line of the log.
+        self.running, self.count = 0.0, 0
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler,
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state |= {
+            "step": self.step, "seconds": self.seconds, "running": self.running, "count": self.count,
+            "origin": self.identity,
+        }  # fmt: skip
+        with _explaining(path), atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+            origin = state["origin"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{checkpoint} is of another recipe, {state['origin']}; this one is {identity}. "
+                f"{path} is no checkpoint of this version ({error}); delete it to train afresh"
+            ) from None
+        if origin != self.identity:
+            raise ValueError(
+                f"{path} is of another recipe, {origin}; this one is {self.identity}. "
                 "Give another folder, or delete the checkpoint to train afresh"
             )
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, seconds_before = state["step"], state["seconds"]
-        running, count = state["running"], state["count"]
-        if processes.first:
-            _cut_log(log, start)
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"{path} has done {state['step']} steps, and the recipe asks for {self.config.steps}. "
+                "Raise steps, or give another folder"
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.running, self.count = state["running"], state["count"]
 
-    began = last_saved = time.monotonic()
+    def advance(self, loss: Loss, batch: Batch, processes: Processes, seed: int) -> float:
+        """One step of Adam; returns the loss over all processes, NaN (and no step) where it diverges."""
+        torch.manual_seed(seed)  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for part in batch.split(self.config.parts):
+            share = loss(self.model, part) / self.config.parts
+            self.scaler.scale(share).backward()
+            value += share.item()
+        # Before they are unscaled: all processes then see an overflow in one, and skip the step together.
+        processes.average_gradients(self.model)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        # In float16 a gradient may overflow by its scale alone: the scaler skips the step and halves it.
+        if not torch.isfinite(norm) and self.scaler.get_scale() <= 1:
+            return math.nan
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            for average, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(parameter, 1 - ema_decay(self.step, self.config.ema_power))
+        value = processes.mean(value)
+        self.step, self.running, self.count = self.step + 1, self.running + value, self.count + 1
+        return value
 
-    def seconds() -> float:
-        return seconds_before + time.monotonic() - began
-
-    def save(step: int) -> None:
-        state = {
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "step": step, "seconds": seconds(), "running": running,
-            "count": count, "origin": identity,
+    def write_log(self, log: Path) -> float:
+        """Append a line; returns the mean loss since the one before."""
+        mean = self.running / self.count
+        record = {
+            "step": self.step, "loss": mean, "lr": learning_rate(self.step - 1, self.config),
+            "seconds": round(self.seconds, 1),
         }  # fmt: skip
-        _save(checkpoint, state)
+        with _explaining(log), log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            # A checkpoint that outlives a power cut must not know of lines that did not.
+            os.fsync(file.fileno())
+        self.running, self.count = 0.0, 0
+        return mean
 
+
+def _cut_log(log: Path, last: int) -> None:
+    """Drop the lines after step `last`, which will be written again, and a line that a kill tore."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= last:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    with _explaining(log), atomic_path(log) as temporary:
+        temporary.write_text("".join(kept))
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Say of a write that failed what is left, and what to do."""
+    try:
+        yield
+    # torch.save turns a full disk into a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"could not write {path} ({error}). Make room and start the same command again: it goes on from "
+            "the last checkpoint, which is whole"
+        ) from error
+
+
+@contextmanager
+def _progress(name: str, steps: range, *, shown: bool) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; gives show(completed=step) and show(loss=text)."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    shown = processes.first and sys.stderr.isatty()
-    steps = range(start, config.steps)
     with Progress(*columns, disable=not shown, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=config.steps, completed=start, loss="-")
-        for step, batch in zip(steps, batches(steps), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            value = _step(model, loss, batch.to(device), config, optimizer, scaler, processes, seed + step)
-            if not math.isfinite(value):
-                raise RuntimeError(
-                    f"{name}: the loss is {value} at step {step}; lower learning_rate. "
-                    f"{checkpoint} holds the last good state"
-                )
-            with torch.no_grad():
-                for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
-                    average.lerp_(parameter, 1 - ema_decay(step, config.ema_power))
-            running, count = running + value, count + 1
-            if not processes.first:
-                continue
-            if (step + 1) % LOG_STEPS == 0 or step + 1 == config.steps:
-                record = {
-                    "step": step + 1, "loss": running / count, "lr": learning_rate(step, config),
-                    "seconds": round(seconds(), 1),
-                }  # fmt: skip
-                with log.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                progress.update(task, loss=f"{running / count:.5f}")
-                running, count = 0.0, 0
-            progress.update(task, completed=step + 1)
-            if time.monotonic() - last_saved > checkpoint_seconds:
-                save(step + 1)
-                last_saved = time.monotonic()
-    if start < config.steps and processes.first:
-        save(config.steps)
-    processes.wait()
-    return ema
-
-
-def _step(
-    model: nn.Module,
-    loss: Loss,
-    batch: Batch,
-    config: StageConfig,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,  # type: ignore[name-defined]
-    processes: Processes,
-    seed: int,
-) -> float:
-    """One step of Adam; returns the loss over all processes, NaN (and no step) where a gradient is not finite."""
-    torch.manual_seed(seed)  # dropout
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for part in batch.split(config.parts):
-        value = loss(model, part) / config.parts
-        scaler.scale(value).backward()
-        total += value.item()
-    scaler.unscale_(optimizer)
-    processes.average_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    # In float16 a gradient that overflows is the scaler's to mend: it skips the step and halves its scale.
-    if not torch.isfinite(norm) and not scaler.is_enabled():
-        return math.nan
-    scaler.step(optimizer)
-    scaler.update()
-    return processes.mean(total)
+        task = progress.add_task(name, total=steps.stop, completed=steps.start, loss="-")
+        yield partial(progress.update, task)

@@ -1,4 +1,4 @@
-"""Priors from files: the zoo that comes with the package, and files of `save_denoiser`."""
+"""Priors from files of `save_denoiser`: the zoo of the package, one's own, those of the Hugging Face hub."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.networks.storage import Metadata, read_denoiser, save_denoiser
+from alpenglow.priors import hub
 from alpenglow.priors.network import PRECISIONS, NetworkPrior, Precision
 
 __all__ = ["load_denoiser", "load_prior", "save_denoiser", "zoo_names"]
@@ -33,7 +34,10 @@ def load_prior(
     batch_size: int | None = None,
     class_label: int | None = None,
 ) -> NetworkPrior:
-    """An energy prior from a zoo name or a .safetensors file, on `device` (None: CPU).
+    """An energy prior on `device` (None: CPU), from a zoo name, a .safetensors file or the Hugging Face hub.
+
+    The hub: `hub:owner/name`, with `@revision` after it for a branch, tag or commit, and `/file.safetensors`
+    after the name where the repository holds several (see alpenglow.priors.hub.fetch).
 
     `precision` float32 or float64; float16 and bfloat16 run the network in half precision (for GPUs).
     `batch_size` images go through the network at once (None: see NetworkPrior). `class_label`: the class, for
@@ -73,6 +77,8 @@ def load_denoiser(source: str | Path, *, device: torch.device | str | None = Non
 
 
 def _read(source: str | Path) -> tuple[EDMDenoiser, Metadata]:
+    if str(source).startswith(hub.PREFIX):
+        return read_denoiser(hub.fetch(str(source)))
     path = Path(source)
     if path.is_dir():
         raise ValueError(
@@ -89,7 +95,7 @@ def _read(source: str | Path) -> tuple[EDMDenoiser, Metadata]:
     if str(source) not in zoo_names():
         raise ValueError(
             f"no prior {str(source)!r}: the zoo has {_known()}, and there is no such file; "
-            "give a zoo name or the path of a .safetensors file"
+            "give a zoo name, the path of a .safetensors file, or hub:owner/name"
         )
     with as_file(files(ZOO) / f"{source}.safetensors") as zoo_file:
         return read_denoiser(zoo_file)
