@@ -56,7 +56,7 @@ def alpenglow(version: Annotated[bool, typer.Option("--version", help="Print the
 @app.command(epilog=_example("alpenglow demo -o demo/"))
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo"),
-    prior: Annotated[str, typer.Option("--prior", "-p", help="Zoo prior or .safetensors.")] = "fashion-28",
+    prior: Annotated[str, typer.Option("--prior", "-p", help="Zoo, file or hub:owner/name.")] = "fashion-28",
     images: Annotated[int, typer.Option(help="Number of held-out images, 1 to 64.")] = 2,
     num_samples: Annotated[int, typer.Option(help="Posterior samples of each.")] = 64,
     nfe: Annotated[int, typer.Option(help="Gradient evaluations a sample.")] = 50,
@@ -210,7 +210,7 @@ def map_(
 @app.command(epilog=_example("alpenglow info\nalpenglow info fashion-28\nalpenglow info out/result.h5"))
 def info(
     source: Annotated[
-        str | None, typer.Argument(metavar="[PRIOR|FILE]", help="Zoo prior, .safetensors, .h5 or image.")
+        str | None, typer.Argument(metavar="[PRIOR|FILE]", help="Prior (as --prior), .h5 or image.")
     ] = None,
 ) -> None:
     """Show versions, device and zoo, or what a prior, a result or an image file holds."""

@@ -158,7 +158,7 @@ def _held_out(data: str | None) -> "tuple[ImageSource, float]":
 
     def all_of(items: Items) -> IndexedSource:
         # A source trains on some of its images, so it gets them twice; nobody trains here.
-        twice = ConcatDataset([items, items])  # type: ignore[list-item]
+        twice: ConcatDataset[Any] = ConcatDataset([items, items])  # type: ignore[list-item]
         return IndexedSource(twice, held_out=range(len(items)))
 
     if data is None:

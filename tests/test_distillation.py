@@ -224,6 +224,9 @@ def test_run_refuses_before_training(folder: Path) -> None:
     attempt("file name without folders", name="../tiny")
     attempt("file name without folders", name="")
     attempt("does not fit the network", network=NETWORK | {"in_channels": 12, "out_channels": 12})
+    attempt(
+        "batch_size is 8; expected a multiple of 3", energy=recipe_fields(folder)["energy"] | {"parts": 3}
+    )
     attempt("has no argument depth", network=NETWORK | {"depth": 3})
     attempt("neither 'fashion-mnist' nor", data={"source": "absent.npy"})
 
@@ -245,6 +248,7 @@ def test_run_refuses_before_training(folder: Path) -> None:
         ({"teacher": {"checkpoint": 3}}, r"teacher\.Teacher\.checkpoint"),
         ({"network": 3}, "network"),
         ({"colour": True}, "colour"),
+        ({"seed": -1}, "seed"),
         ({"name": None}, "name"),
     ],
 )
@@ -253,6 +257,17 @@ def test_a_bad_recipe_names_the_field(folder: Path, changes: dict[str, Any], fie
     path.write_text(yaml.safe_dump(recipe_fields(folder, **changes)))
     with pytest.raises(ValueError, match=rf"(?s)bad\.yaml is not a valid recipe.*\n{field}\n"):
         load_recipe(path)
+
+
+def test_augmentation_without_its_labels_is_refused(folder: Path) -> None:
+    """It would leak into what the teacher generates; the energy learns the images as they are."""
+    fields = recipe_fields(folder)
+    augmented = fields["teacher"] | {"augment": 0.1}
+    with pytest.raises(ValueError, match="needs augment_dim: 9"):
+        recipe_of(folder, teacher=augmented)
+    recipe_of(folder, teacher=augmented, network=NETWORK | {"augment_dim": 9})
+    with pytest.raises(ValueError, match=r"energy\.augment is not 0"):
+        recipe_of(folder, energy=fields["energy"] | {"augment": 0.1})
 
 
 def test_a_recipe_that_is_no_recipe(folder: Path) -> None:

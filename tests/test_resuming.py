@@ -99,11 +99,13 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytes
     killed_at(tmp_path, "teacher", 9, "checkpoint")
     assert steps_done(killed / "teacher.ckpt") == 8
     assert [step for step, *_ in logged(killed / "teacher.jsonl")] == [3, 6, 9]
+    assert len(list(killed.glob(".teacher-*.ckpt"))) == 1
     assert not (killed / "energy.ckpt").exists()
     killed_at(tmp_path, "energy", 3)
     assert steps_done(killed / "teacher.ckpt") == 12
     assert steps_done(killed / "energy.ckpt") == 3
     resumed = pipeline.distill(recipe, killed)
+    assert not list(killed.glob(".*"))
     assert same_weights(resumed[0], unbroken[0])
     assert same_weights(resumed[1], unbroken[1])
     for name, steps in (("teacher", [3, 6, 9, 12]), ("energy", [3, 6, 8])):

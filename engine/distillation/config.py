@@ -94,7 +94,7 @@ class Recipe(_Strict):
     """Everything `alpenglow distill` needs; the model card records it."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     units: str = "[-1, 1]"
     data: DataConfig
     backbone: str = "SongUNet"
@@ -104,6 +104,21 @@ class Recipe(_Strict):
     sigma: SigmaLaw = SigmaLaw()
     teacher: StageConfig | Teacher
     energy: StageConfig
+
+    @model_validator(mode="after")
+    def _augmentation_is_told(self) -> Self:
+        if self.energy.augment:
+            raise ValueError("energy.augment is not 0; only teachers are trained on augmented images")
+        if (
+            isinstance(self.teacher, StageConfig)
+            and self.teacher.augment
+            and self.network.get("augment_dim") != 9
+        ):
+            raise ValueError(
+                "teacher.augment needs augment_dim: 9 in network: untold of it, the teacher would generate "
+                "augmented images"
+            )
+        return self
 
     def denoiser_config(self) -> dict[str, Any]:
         """The part that rebuilds the network (EDMDenoiser.from_config)."""

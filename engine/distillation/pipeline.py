@@ -50,6 +50,8 @@ def distill(
     source = source or open_source(recipe.data)
     shared = recipe.model_dump(mode="json", exclude={"name", "teacher", "energy"}, exclude_defaults=True)
     torch.manual_seed(recipe.seed)
+    # Refuses now the batch size that would otherwise be refused after the teacher's training.
+    Batches(source, recipe, recipe.energy, seed=0, count=processes.count)
     origin: dict[str, Any]
     if teacher is not None:
         student = teacher if isinstance(teacher, EDMDenoiser) else _new_network(recipe)
@@ -70,7 +72,7 @@ def distill(
             objective=_teacher_objective, seed=recipe.seed, origin=shared,
             workers=workers, processes=processes,
         )  # fmt: skip
-        origin = {"teacher": recipe.teacher.model_dump(mode="json")}
+        origin = {"teacher": recipe.teacher.model_dump(mode="json", exclude_defaults=True)}
     check_fits(student, source.image_shape)
     if isinstance(teacher, nn.Module):
         teacher = teacher.to(processes.device).requires_grad_(False).eval()
@@ -123,7 +125,8 @@ def _train(
     def steps(wanted: range) -> Iterator[Batch]:
         return stream(batches, wanted, workers)
 
-    model = model.requires_grad_(True).train()
+    # Dropout is for the teacher: what psi is to match is a fixed field.
+    model = model.requires_grad_(True).train(mode=name == "teacher")
     model.model.checkpointing = stage.checkpointing  # type: ignore[assignment]
     trained = train(name, model, loss, steps, stage, folder, seed=seed, origin=origin, processes=processes)
     assert isinstance(trained, EDMDenoiser)

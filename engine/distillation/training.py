@@ -84,6 +84,9 @@ def train(
         return run.ema
     if processes.first:
         _cut_log(log, run.step)
+        # A kill inside a save leaves its temporary file behind.
+        for torn in folder.glob(f".{name}-*.ckpt"):
+            torn.unlink()
     clock = saved = time.monotonic()
     steps = range(run.step, config.steps)
     with _progress(name, steps, shown=processes.first and sys.stderr.isatty()) as show:
