@@ -10,9 +10,9 @@ import torch
 
 from alpenglow.distillation.augment import AUGMENT_DIM
 from alpenglow.distillation.batches import Batch, Batches, image_generator, stream
-from alpenglow.distillation.config import Recipe
+from alpenglow.distillation.config import Recipe, StageConfig
 from alpenglow.distillation.sources import IndexedSource, open_source
-from tests.tiny import discs, recipe_fields
+from tests.tiny import NETWORK, discs, recipe_fields
 
 STAGE = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3}
 
@@ -27,8 +27,11 @@ def batches(
     folder: Path, *, seed: int = 7, floor: float = 0.02, stage: dict[str, Any] | None = None, **options: Any
 ) -> Batches:
     data = {"source": str(folder / "images.npy"), "noise_floor": floor}
-    recipe = Recipe.model_validate(recipe_fields(folder, data=data, energy=STAGE | (stage or {})))
-    return Batches(open_source(recipe.data), recipe, recipe.energy, seed=seed, **options)
+    network = NETWORK | {"augment_dim": AUGMENT_DIM}
+    fields = recipe_fields(folder, data=data, network=network, teacher=STAGE | (stage or {}))
+    recipe = Recipe.model_validate(fields)
+    assert isinstance(recipe.teacher, StageConfig)
+    return Batches(open_source(recipe.data), recipe, recipe.teacher, seed=seed, **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
