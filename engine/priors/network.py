@@ -71,12 +71,12 @@ class NetworkPrior:
         self.metadata = dict(metadata or {})
         self._batch_size = batch_size
         self.denoiser = denoiser.requires_grad_(False).eval()
-        self._compute_dtype: torch.dtype | None = None
+        self.compute_dtype: torch.dtype | None = None
         if precision in ("float32", "float64"):
             denoiser.to(PRECISIONS[precision])
         elif precision is not None:
-            self._compute_dtype = PRECISIONS[precision]
-            _narrow_convolutions(denoiser.float(), self._compute_dtype)
+            self.compute_dtype = PRECISIONS[precision]
+            _narrow_convolutions(denoiser.float(), self.compute_dtype)
         embedding = next(p for key, p in denoiser.named_parameters() if key.startswith("model.map_layer0"))
         self.dtype = embedding.dtype
         self.device = embedding.device
@@ -117,7 +117,7 @@ class NetworkPrior:
             x.contiguous(),
             sigma,
             class_label=self.one_hot(len(x)),
-            compute_dtype=self._compute_dtype,
+            compute_dtype=self.compute_dtype,
         )
         return energy[:count], grad[:count]
 
