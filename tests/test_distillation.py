@@ -21,7 +21,7 @@ from alpenglow.distillation.sources import open_source
 from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
 from alpenglow.networks.storage import save_denoiser
 from alpenglow.priors.loading import load_denoiser, load_prior
-from tests.tiny import NETWORK, discs, recipe_fields, same_weights
+from tests.tiny import NETWORK, discs, randomise, recipe_fields, same_weights
 
 ZOO = Path(__file__).parents[1] / "engine/priors/zoo"
 
@@ -95,15 +95,10 @@ def test_the_energy_starts_from_the_teacher(folder: Path) -> None:
 
 def conditional_teacher(path: Path) -> EDMDenoiser:
     """A class-conditional denoiser whose classes matter, in a file."""
-    torch.manual_seed(3)
     denoiser = EDMDenoiser.from_config(
         {"backbone": "SongUNet", "network": NETWORK | {"label_dim": 3}, "sigma_data": 0.7, "patch": 2}
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    randomise(denoiser)
     save_denoiser(
         path, denoiser, name="given", image_shape=(1, 8, 8), kind="teacher", sigma_range=(0.01, 40.0),
         dtype=torch.float32,

@@ -12,6 +12,7 @@ from alpenglow.export.decompositions import TABLE
 from alpenglow.export.gradient_graph import gradient_graph
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.priors.network import NetworkPrior
+from tests.tiny import randomise
 
 aten = torch.ops.aten
 DDPM = {
@@ -36,11 +37,7 @@ def a_prior(kind: str, **options: Any) -> NetworkPrior:
     denoiser = EDMDenoiser.from_config(
         {"backbone": "SongUNet", "network": network, "sigma_data": 0.5, "patch": patch}
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    randomise(denoiser)
     size = 8 * patch
     label = {"class_label": 1} if "label_dim" in network else {}
     return NetworkPrior(denoiser, (1, size, size), batch_size=1, **label, **options)

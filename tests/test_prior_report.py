@@ -28,6 +28,7 @@ from alpenglow.distillation.losses import Denoiser
 from alpenglow.distillation.non_local_means import tune_non_local_means
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.priors import GaussianPrior, smooth_covariance
+from tests.tiny import random_denoiser
 
 
 def analytic(std: float, batch_size: int) -> tuple[Any, Denoiser]:
@@ -115,29 +116,9 @@ def test_the_mean_gradient_error_is_even_in_log_sigma() -> None:
 # As an energy
 
 
-def random_denoiser() -> EDMDenoiser:
-    denoiser = EDMDenoiser.from_config(
-        {
-            "backbone": "SongUNet",
-            "network": {
-                "img_resolution": 4, "in_channels": 4, "out_channels": 4, "model_channels": 8,
-                "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
-            },
-            "sigma_data": 0.7,
-            "patch": 2,
-        }
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return denoiser.requires_grad_(False).eval()
-
-
 def test_the_gradient_is_that_of_the_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    denoiser = random_denoiser()
+    denoiser = random_denoiser().requires_grad_(False).eval()
     assert energy_consistency(denoiser, images) < 1e-6
     # Were it x - psi, as of a plain denoiser, it would show.
     from alpenglow.distillation import energy_checks

@@ -57,16 +57,21 @@ def same_weights(a: Any, b: Any) -> bool:
     )
 
 
-def random_denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
-    """A network whose every weight matters (the initial one nearly ignores its input)."""
-    denoiser = EDMDenoiser.from_config(
-        {"backbone": "SongUNet", "network": NETWORK | network, "sigma_data": 0.7, "patch": 2}
-    )
+def randomise(denoiser: EDMDenoiser, seed: int = 0) -> None:
+    """Give every weight a say: those of the initial network nearly ignore its input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def random_denoiser(seed: int = 0, **network: Any) -> EDMDenoiser:
+    """The tiny network, randomised."""
+    denoiser = EDMDenoiser.from_config(
+        {"backbone": "SongUNet", "network": NETWORK | network, "sigma_data": 0.7, "patch": 2}
+    )
+    randomise(denoiser, seed)
     return denoiser
 
 

@@ -1,7 +1,8 @@
 """How good a distilled prior is: against its teacher, as an energy, and in the posteriors it gives."""
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,12 +54,11 @@ def report_prior(
     *,
     noise_floor: float = 0.0,
     sigmas: Sequence[float] = DEFAULT_SIGMAS,
-    baseline: bool = True,
 ) -> PriorReport:
     """Measure `prior` on the images that `source` holds out, with the noise floor of its training added.
 
-    `baseline`: also tune non-local means on the same images. Takes some minutes. Raises ValueError for
-    images that do not fit the prior.
+    Non-local means is tuned on the same images, to compare with. Takes some minutes. Raises ValueError for
+    images that do not fit the prior, and without scikit-image.
     """
     count = min(MOST_IMAGES, EVALUATION_VALUES // math.prod(prior.image_shape))
     clean = source.held_out(max(count, SHOWN))
@@ -67,9 +67,7 @@ def report_prior(
     images = (clean + floor).to(prior.device)
     low, high = prior.sigma_range
     levels = evaluate_prior(prior, teacher, images, [s for s in sigmas if low <= s <= high])
-    figures: dict[str, Any] = {"held-out images in these tables": len(images)}
-    if baseline:
-        figures |= _baseline(prior, images)
+    figures = {"held-out images in these tables": len(images)} | _baseline(prior, images)
     covered = max(1, min(MOST_COVERAGE_IMAGES, COVERAGE_VALUES // math.prod(prior.image_shape)))
     return PriorReport(
         levels=levels,
@@ -200,13 +198,11 @@ def _coverage(prior: NetworkPrior, images: Tensor, noise_floor: float) -> dict[s
         f"{COVERAGE_SAMPLES} samples each, defaults of `alpenglow.sample`"
     )
 
-    def mean(key: str, of: Callable[[list[float]], float] = lambda v: sum(v) / len(v)) -> float:
-        return of([row[key] for row in rows])
-
+    covered, clean = ([row[key] for row in rows] for key in ("coverage", "coverage_clean"))
     return {
-        f"coverage of the 90 % interval ({setting})": mean("coverage"),
-        "lowest coverage of one image": mean("coverage", min),
-        "coverage of the pixels without the noise floor": mean("coverage_clean"),
+        f"coverage of the 90 % interval ({setting})": statistics.mean(covered),
+        "lowest coverage of one image": min(covered),
+        "coverage of the pixels without the noise floor": statistics.mean(clean),
     }
 
 
