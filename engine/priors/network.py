@@ -11,6 +11,7 @@ from torch import Tensor
 from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
 from alpenglow.networks.layers import Conv2d
 from alpenglow.networks.storage import save_denoiser
+from alpenglow.priors.batched import BatchedPrior, check_batch_size
 from alpenglow.priors.protocol import check_image_shape
 
 Precision = Literal["float32", "float64", "float16", "bfloat16"]
@@ -22,17 +23,15 @@ PRECISIONS: dict[str, torch.dtype] = {
 }
 
 
-class NetworkPrior:
+class NetworkPrior(BatchedPrior):
     """Energy prior E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2 with psi an EDMDenoiser (DESIGN 1).
 
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
     are in the prior's units; `sigma_range` is the span of levels it was trained for. `precision` float16
     and bfloat16 run the network F alone in half precision.
 
-    The result for an image does not depend, to the last bit, on the other images of the call, on their
-    number or order: libraries choose their algorithm by the shape of the batch, so the network only ever
-    sees `batch_size` images, the last batch padded with copies. Another `batch_size`, machine or number
-    of CPU threads does change the last bits. Default: 16 on CPU, 64 on a GPU; where single
+    `batch_size` images go through the network at once, see BatchedPrior. Another one, another machine or
+    number of CPU threads does change the last bits. Default: 16 on CPU, 64 on a GPU; where single
     images are all that comes, 1 is three to four times faster.
 
     `class_label`: which of its classes a class-conditional network is to be the prior of.
@@ -54,8 +53,7 @@ class NetworkPrior:
     ) -> None:
         self.image_shape = check_image_shape(image_shape)
         check_fits(denoiser, self.image_shape)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected a positive number, or None")
+        check_batch_size(batch_size)
         if not 0 < sigma_range[0] < sigma_range[1] < float("inf"):
             raise ValueError(f"sigma_range is {sigma_range}; expected 0 < low < high")
         if precision is not None and precision not in PRECISIONS:
@@ -81,68 +79,14 @@ class NetworkPrior:
         self.dtype = embedding.dtype
         self.device = embedding.device
 
-    @property
-    def batch_size(self) -> int:
-        """Images that the network sees at once."""
-        return self._batch_size or (16 if self.device.type == "cpu" else 64)
-
     def __repr__(self) -> str:
         return f"NetworkPrior({self.name!r}, image_shape={self.image_shape}, device={str(self.device)!r})"
 
-    def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """E [B] and G [B, C, H, W] at x [B, C, H, W], sigma [B] > 0, in the dtype of x; B NFE.
-
-        Raises ValueError for wrong shapes, dtypes or devices, and on CPU for values of x that are not
-        finite or sigma that is not positive (on a GPU that check would make the host wait each time).
-        """
-        self._check(x, sigma)
-        energy = torch.empty(len(x), dtype=x.dtype, device=x.device)
-        grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for start in range(0, len(x), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            e, g = self._evaluate(x[chunk], sigma[chunk])
-            energy[chunk], grad[chunk] = e, g
-        return energy, grad
-
-    def _evaluate(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """At most `batch_size` images, padded to it."""
-        count, missing = len(x), self.batch_size - len(x)
-        x, sigma = x.to(self.dtype), sigma.to(self.dtype)
-        if missing:
-            x = torch.cat([x, x[-1:].expand(missing, -1, -1, -1)])
-            sigma = torch.cat([sigma, sigma[-1:].expand(missing)])
-        # Contiguous: a channels-last input would take another convolution, with other roundings.
-        energy, grad = energy_and_grad(
-            self.denoiser,
-            x.contiguous(),
-            sigma,
-            class_label=self.one_hot(len(x)),
-            compute_dtype=self.compute_dtype,
+    def run(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """E [B] and G [B, C, H, W] of the network, for any B."""
+        return energy_and_grad(
+            self.denoiser, x, sigma, class_label=self.one_hot(len(x)), compute_dtype=self.compute_dtype
         )
-        return energy[:count], grad[:count]
-
-    def _check(self, x: Tensor, sigma: Tensor) -> None:
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"got x {tuple(x.shape)}; {self.name} expects images [B, {expected}]")
-        if sigma.shape != x.shape[:1]:
-            raise ValueError(
-                f"got sigma {tuple(sigma.shape)} for {len(x)} images; expected [{len(x)}], a level an image"
-            )
-        if not x.is_floating_point() or not sigma.is_floating_point():
-            raise ValueError(f"got x {x.dtype} and sigma {sigma.dtype}; expected real floating-point tensors")
-        if x.device != self.device or sigma.device != self.device:
-            raise ValueError(
-                f"x is on {x.device}, sigma on {sigma.device}, {self.name} on {self.device}; "
-                "move them to one device"
-            )
-        if x.device.type == "cpu":
-            if not torch.isfinite(x).all():
-                raise ValueError("x holds NaN or infinity; the chain that made it has diverged")
-            if not ((sigma > 0) & torch.isfinite(sigma)).all():
-                raise ValueError(
-                    f"sigma must be positive and finite, got {sigma.min().item()} to {sigma.max().item()}"
-                )
 
     def one_hot(self, count: int) -> Tensor | None:
         """The class label for `count` images, [count, K]; None without classes."""
@@ -152,10 +96,6 @@ class NetworkPrior:
         label = torch.zeros(count, classes, dtype=self.dtype, device=self.device)
         label[:, self.class_label] = 1
         return label
-
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """MMSE denoiser D(x, sigma) = x - G [B, C, H, W]."""
-        return x - self.energy_and_grad(x, sigma)[1]
 
     def to(self, device: torch.device | str) -> "NetworkPrior":
         """This prior on another device: a copy, or itself when it is there already."""

@@ -1,0 +1,73 @@
+"""The graph of energy and gradient as an ONNX model."""
+
+import copy
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from alpenglow.priors.network import NetworkPrior, Precision
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSET = 20
+INPUTS, OUTPUTS = ["x", "sigma"], ["energy", "grad"]
+
+
+def in_precision(prior: NetworkPrior, precision: Precision) -> NetworkPrior:
+    """A copy of a float32 prior whose network runs in `precision`."""
+    return NetworkPrior(
+        copy.deepcopy(prior.denoiser),
+        prior.image_shape,
+        name=prior.name,
+        sigma_range=prior.sigma_range,
+        metadata=prior.metadata,
+        precision=precision,
+        class_label=prior.class_label,
+    )
+
+
+def onnx_model(graph: fx.GraphModule, image_shape: tuple[int, int, int]) -> "ModelProto":
+    """Inputs x [B, C, H, W], sigma [B] -> outputs energy [B], grad [B, C, H, W], float32, for every B >= 1.
+
+    graph: that of `gradient_graph`. Of ONNX's own operators of opset OPSET alone; it has passed onnx.checker
+    and strict shape inference. Takes most of a minute. Raises ValueError without the onnx packages,
+    RuntimeError for a graph that ONNX cannot hold.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"export needs {error.name}: pip install 'alpenglow[onnx]'") from None
+    batch = torch.export.Dim("batch", min=1)
+    # Not one image: a size of 1 would be taken for a constant.
+    example = (torch.zeros(3, *image_shape), torch.ones(3))
+    exported = torch.export.export(graph, example, dynamic_shapes=({0: batch}, {0: batch}))
+    with warnings.catch_warnings():
+        # Of torch's own names that it will do without.
+        warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning, UserWarning))
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+        )
+    assert program is not None
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    if foreign := {node.domain for node in model.graph.node} - {"", "ai.onnx"}:
+        raise RuntimeError(f"the graph has operators of {', '.join(foreign)}; expected ONNX's own")
+    return model
+
+
+def _strip(model: "ModelProto") -> None:
+    """Drop where in our source each node came from: it is most of a small file, and nobody's concern."""
+    for element in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        element.ClearField("metadata_props")
+        element.ClearField("doc_string")

@@ -1,0 +1,62 @@
+"""Energy and gradient as an ONNX model: agreement with float64, its operators, and a check that can fail."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from alpenglow.export.gradient_graph import gradient_graph
+from alpenglow.export.onnx_model import OPSET, in_precision, onnx_model
+from alpenglow.export.parity import SIGMAS, TOLERANCE, check_parity, measure_parity
+from alpenglow.priors.network import NetworkPrior, Precision
+from tests.tiny import random_denoiser
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def tiny_prior() -> NetworkPrior:
+    return NetworkPrior(random_denoiser(), (1, 8, 8), batch_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_agrees_with_float64_at_every_level_and_batch(precision: Precision) -> None:
+    prior = tiny_prior()
+    model = onnx_model(gradient_graph(in_precision(prior, precision)), prior.image_shape)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        energy, grad = session.run(["energy", "grad"], {"x": x.numpy(), "sigma": sigma.numpy()})
+        assert energy.dtype == grad.dtype == "float32"
+        return torch.from_numpy(energy), torch.from_numpy(grad)
+
+    errors = measure_parity(prior, evaluate)
+    assert list(errors) == [f"{sigma:g}" for sigma in SIGMAS]
+    check_parity(errors, precision, "the model")
+    if precision == "float16":
+        assert max(errors.values()) > TOLERANCE["float32"]
+
+
+def test_parity_sees_errors_of_one_image_and_nan() -> None:
+    prior = tiny_prior()
+
+    def wrong_in_the_last(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        energy, grad = prior.run(x, sigma)
+        grad[-1] *= 1 + 1e-3
+        return energy, grad
+
+    errors = measure_parity(prior, wrong_in_the_last, batches=(1, 3))
+    assert all(error == pytest.approx(1e-3, rel=0.05) for error in errors.values())
+    with pytest.raises(RuntimeError, match=r"1\.0e-03 at sigma 0\.002"):
+        check_parity(errors, "float32", "it")
+
+    def nan(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return prior.run(x, sigma)[0], torch.full_like(x, torch.nan)
+
+    errors = measure_parity(prior, nan, batches=(1,))
+    assert set(errors.values()) == {math.inf}
+    with pytest.raises(RuntimeError, match="inf at sigma"):
+        check_parity(errors, "bfloat16", "it")
