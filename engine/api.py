@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alpenglow._version import __version__
 from alpenglow.operators.base import LinearOperator
+from alpenglow.operators.cg import count_iterations
 from alpenglow.posterior import Posterior
 from alpenglow.priors.protocol import Prior, check_prior
 from alpenglow.samplers import alps, calibrated, map_estimate, metropolis
@@ -107,7 +108,12 @@ def sample(
     noise = Noise(seed, torch.arange(num_samples, device=problem.y.device))
     began = time.perf_counter()
     report = _reporter(progress, num_samples * chosen.nfe)
-    posterior = METHODS[method].run(problem, noise, chosen, report)
+    with count_iterations() as solved:
+        posterior = METHODS[method].run(problem, noise, chosen, report)
+    if solved.solves:
+        posterior.diagnostics.update(
+            cg_solves=solved.solves, cg_iterations=int(solved.total), cg_iterations_max=int(solved.largest)
+        )
     posterior.diagnostics["seconds"] = time.perf_counter() - began
     posterior.settings.update(
         method=method,

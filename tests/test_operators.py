@@ -21,6 +21,7 @@ from alpenglow.operators import (
     Inpainting,
     LinearOperator,
     MotionBlur,
+    SenseMRI,
     SuperResolution,
     from_deepinv,
     from_sigpy,
@@ -71,6 +72,12 @@ def two_coils(H: int, W: int, *, tolerance: float = 1e-6) -> LinearOperator:
     return LinearOperator.from_functions(forward, adjoint, tolerance=tolerance, max_iterations=2000)
 
 
+def sense(H: int, W: int, *, lines: bool = False) -> SenseMRI:
+    """Three coils; with lines, a mask of whole columns."""
+    mask = some_mask(1, W).expand(H, W) if lines else some_mask(H, W)
+    return SenseMRI(torch.complex(rand(3, H, W, seed=5), rand(3, H, W, seed=6)) / 6**0.5, mask)
+
+
 # name -> (how to build the operator for images [C, H, W], the C it takes, what must divide H and W)
 OPERATORS: dict[str, tuple[Callable[[int, int, int], LinearOperator], tuple[int, ...], int]] = {
     "denoising": (lambda C, H, W: Denoising(), (1, 2, 3), 1),
@@ -84,6 +91,8 @@ OPERATORS: dict[str, tuple[Callable[[int, int, int], LinearOperator], tuple[int,
     "bicubic-4": (lambda C, H, W: SuperResolution(4, "bicubic"), (1, 2, 3), 4),
     "fourier-complex": (lambda C, H, W: FourierSampling(some_mask(H, W)), (2,), 1),
     "fourier-real": (lambda C, H, W: FourierSampling(some_mask(H, W), channels=1), (1,), 1),
+    "sense": (lambda C, H, W: sense(H, W), (2,), 1),
+    "sense-columns": (lambda C, H, W: sense(H, W, lines=True), (2,), 1),
     "functions": (lambda C, H, W: functions(H, W), (1, 2, 3), 1),
     "functions-complex": (lambda C, H, W: two_coils(H, W), (2,), 1),
 }
@@ -92,7 +101,8 @@ BATCH_CASES = [
     (name, size)
     for name in OPERATORS
     for size in ((8, 8), (12, 20), (64, 64))
-    if size != (64, 64) or not name.startswith("functions")  # the transforms of the others, with slow CG
+    # Of slow CG: the transforms are those of the others.
+    if size != (64, 64) or name not in ("functions", "functions-complex", "sense")
 ]
 
 

@@ -16,6 +16,7 @@ from alpenglow.operators import (
     LinearOperator,
     MotionBlur,
     Preconditioner,
+    SenseMRI,
     SuperResolution,
     conjugate_gradient,
 )
@@ -45,6 +46,13 @@ def matrix_operator(shape: Shape, *, complex_data: bool, **options: object) -> L
     )
 
 
+def sense(H: int, W: int, mask: Tensor) -> SenseMRI:
+    """Three coils that do not see a corner of the image."""
+    maps = torch.complex(rand(3, H, W, seed=5), rand(3, H, W, seed=6)) / 6**0.5
+    maps[:, :2, :3] = 0
+    return SenseMRI(maps, mask, tolerance=1e-13, max_iterations=3000)
+
+
 MATRIX = {"tolerance": 1e-13, "max_iterations": 3000}
 CASES: dict[str, tuple[LinearOperator, Shape]] = {
     "denoising": (Denoising(), (1, 4, 4)),
@@ -64,6 +72,9 @@ CASES: dict[str, tuple[LinearOperator, Shape]] = {
     "fourier-complex-odd": (FourierSampling(some_mask(7, 6)), (2, 7, 6)),
     "fourier-real": (FourierSampling(some_mask(8, 8), channels=1), (1, 8, 8)),
     "fourier-real-odd": (FourierSampling(some_mask(5, 7), channels=1), (1, 5, 7)),
+    "matrix-sense": (sense(6, 7, some_mask(6, 7)), (2, 6, 7)),
+    "matrix-sense-columns": (sense(6, 7, some_mask(1, 7).expand(6, 7)), (2, 6, 7)),
+    "matrix-sense-rows": (sense(6, 5, some_mask(6, 1).expand(6, 5)), (2, 6, 5)),
     "matrix": (matrix_operator((1, 6, 6), complex_data=False, **MATRIX), (1, 6, 6)),
     "matrix-complex": (matrix_operator((2, 4, 5), complex_data=True, **MATRIX), (2, 4, 5)),
 }

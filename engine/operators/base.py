@@ -132,6 +132,10 @@ class LinearOperator(abc.ABC):
         pull = self.adjoint(noise * noise_std - predicted) / noise_std**2
         return image + self.solve(pull, sigma, noise_std)
 
+    def with_published_noise(self) -> "LinearOperator":
+        """The operator that method "alps" runs: its draws are those of the published ALPS, by default P's."""
+        return self
+
     def to_basis(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] in the basis in which `step` keeps chains; images by default."""
         return x

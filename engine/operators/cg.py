@@ -1,6 +1,8 @@
 """Batched preconditioned conjugate gradients, every image on its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,38 @@ class CgInfo:
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+
+
+@dataclass
+class CgCount:
+    """Solves of one image, their iterations in total, and the most that one took; see `count_iterations`."""
+
+    solves: int = 0
+    # Tensors of the solves' device: adding to them makes no accelerator wait.
+    total: Tensor | int = 0
+    largest: Tensor | int = 0
+
+    def add(self, iterations: Tensor) -> None:
+        """Count a batch of solves, iterations [B]."""
+        if len(iterations) == 0:
+            return
+        self.solves += len(iterations)
+        self.total = iterations.sum() + self.total
+        self.largest = iterations.max().clamp(min=self.largest)
+
+
+_counts: ContextVar[tuple[CgCount, ...]] = ContextVar("counts", default=())
+
+
+@contextmanager
+def count_iterations() -> Iterator[CgCount]:
+    """Counts the iterations of every `conjugate_gradient` of this thread within the block."""
+    count = CgCount()
+    token = _counts.set((*_counts.get(), count))
+    try:
+        yield count
+    finally:
+        _counts.reset(token)
 
 
 @torch.no_grad()
@@ -60,6 +94,8 @@ def conjugate_gradient(
     remaining = scalars[:, cg_update.SQUARED].sqrt()
     relative = torch.where(remaining == 0, 0, remaining / norm)
     iterations = scalars[:, cg_update.ITERATIONS].long()
+    for count in _counts.get():
+        count.add(iterations)
     return x, CgInfo(iterations, relative, remaining <= scalars[:, cg_update.LIMIT])
 
 

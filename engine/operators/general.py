@@ -77,6 +77,19 @@ class FunctionOperator(IterativeOperator):
     (float32 or float64) and the device, treat every image alone, and are linear.
     preconditioner: (residual [B, C, H, W], sigma [B], noise_std) -> an approximation of P residual, symmetric
     positive definite; None for plain CG. Results are the same in every batch if those of the functions are.
+
+    Example: non-Cartesian multi-coil MRI by a NUFFT of another library (runnable: tests/test_non_cartesian.py).
+
+        nufft = mrinufft.get_operator("finufft")(trajectory, (H, W), n_coils=coils, smaps=coil_maps)
+
+        def forward(x):  # [B, 2, H, W] -> [B, coils, samples]
+            return torch.stack([torch.from_numpy(nufft.op(z)) for z in torch.complex(*x.unbind(1)).numpy()])
+
+        def adjoint(y):
+            images = torch.stack([torch.from_numpy(nufft.adj_op(k)) for k in y.numpy()])
+            return torch.stack([images.real, images.imag], dim=1)
+
+        operator = LinearOperator.from_functions(forward, adjoint, tolerance=1e-5)
     """
 
     def __init__(

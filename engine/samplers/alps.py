@@ -1,7 +1,7 @@
 """ALPS as published (arXiv 2601.02594), step by step, faults included (DESIGN 2)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def sample(
     Chains start at sigma_max times standard normals. `progress` gets the NFE of each step, all chains
     together.
     """
+    problem = replace(problem, operator=problem.operator.with_published_noise())
     count = len(noise.chain_ids)
     x = options.sigma_max * noise.at(0, problem.dtype)(problem.image_shape)
     z = problem.to_basis(x)
