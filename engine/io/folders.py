@@ -27,7 +27,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         path.mkdir(parents=True, exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            file.replace(path / file.name)
+        for file in sorted(temporary.rglob("*")):  # a folder comes before what is in it
+            target = path / file.relative_to(temporary)
+            if file.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                file.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -78,7 +78,7 @@ class FunctionOperator(IterativeOperator):
     preconditioner: (residual [B, C, H, W], sigma [B], noise_std) -> an approximation of P residual, symmetric
     positive definite; None for plain CG. Results are the same in every batch if those of the functions are.
 
-    Example: non-Cartesian multi-coil MRI by a NUFFT of another library (runnable: tests/test_non_cartesian.py).
+    Example, which tests/test_non_cartesian.py runs: non-Cartesian multi-coil MRI by another library's NUFFT.
 
         nufft = mrinufft.get_operator("finufft")(trajectory, (H, W), n_coils=coils, smaps=coil_maps)
 
