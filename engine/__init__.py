@@ -8,8 +8,8 @@ from alpenglow._version import __version__
 if TYPE_CHECKING:
     from alpenglow import operators, priors
     from alpenglow.api import find_map, sample
+    from alpenglow.loading import load_prior
     from alpenglow.posterior import Posterior
-    from alpenglow.priors.loading import load_prior
     from alpenglow.samplers.map_estimate import MapEstimate
 
 __all__ = [
@@ -29,7 +29,7 @@ _HOMES = {
     "MapEstimate": "alpenglow.samplers.map_estimate",
     "Posterior": "alpenglow.posterior",
     "find_map": "alpenglow.api",
-    "load_prior": "alpenglow.priors.loading",
+    "load_prior": "alpenglow.loading",
     "sample": "alpenglow.api",
 }
 

@@ -64,7 +64,7 @@ def demo(
 ) -> None:
     """Inpaint held-out Fashion-MNIST images of which half of the pixels are hidden."""
     from alpenglow.demo import BATCH_SIZE, COLUMNS, rows, run, total
-    from alpenglow.priors.loading import load_prior
+    from alpenglow.loading import load_prior
 
     single = load_prior(prior, batch_size=1, device=device)  # the MAP search has one image at a time
     with progress_bar("demo") as progress:
@@ -253,6 +253,58 @@ def convert(
         raise ValueError(f"kind is {kind!r}; expected energy or teacher")
     convert_checkpoint(source, target, config=config, name=name, kind=kind)  # type: ignore[arg-type]
     print_facts(report.prior(str(target)), str(target))
+
+
+EXPORT = """
+alpenglow export fashion-28 -o fashion-28-bundle
+alpenglow reconstruct boot.png --simulate --prior fashion-28-bundle \\
+  --operator denoising --noise-std 0.2 -o out/
+"""
+
+
+@app.command(epilog=_example(EXPORT))
+def export(
+    prior: Annotated[str, typer.Argument(metavar="PRIOR", help="Zoo, .safetensors or hub:owner/name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    format: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt-rtx.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[str, typer.Option(help="TensorRT: smallest, best and largest batch.")] = "1,16,64",
+    class_label: Annotated[int | None, typer.Option(help="For a class-conditional prior: the class.")] = None,
+) -> None:
+    """Write energy and gradient as a bundle that ONNX Runtime, OpenVINO and TensorRT run.
+
+    What is written was compared with float64. tensorrt adds an engine for this machine's GPU, tensorrt-rtx
+    one that needs no GPU to be built.
+    """
+    from alpenglow.export.bundle import export_bundle
+    from alpenglow.export.runtimes.base import Bundle
+    from alpenglow.export.tensorrt_engine import MODULES, add_engine, library, profiles_of
+    from alpenglow.priors.loading import load_prior
+
+    if format != "onnx" and format not in MODULES:
+        raise ValueError(f"format is {format!r}; expected onnx, {' or '.join(MODULES)}")
+    batches = _batches(batch)
+    profiles_of(batches)
+    if format in MODULES:
+        library(format)
+    with progress_bar("export") as progress:
+        manifest = export_bundle(
+            load_prior(prior, class_label=class_label), output,
+            precision=precision, progress=progress,  # type: ignore[arg-type]
+        )  # fmt: skip
+    print_facts({f"error at sigma {sigma}": error for sigma, error in manifest.parity.items()})
+    if format in MODULES:
+        bundle = add_engine(Bundle.open(output), format, batches)
+        typer.echo(f"Engine: {output / bundle.manifest.engines[-1].file}")
+    typer.echo(f"Bundle: {output}")
+
+
+def _batches(text: str) -> tuple[int, int, int]:
+    try:
+        low, best, high = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"batch is {text!r}; expected three numbers such as 1,16,64") from None
+    return low, best, high
 
 
 @app.command(epilog=_example("alpenglow distill engine/priors/zoo/fashion-28.yaml -o runs/fashion-28"))

@@ -9,13 +9,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from torch import Tensor
 
+from alpenglow.export.manifest import is_bundle
 from alpenglow.io import read_image
 from alpenglow.io.measurements import as_grey, read_kspace
+from alpenglow.loading import load_prior
 from alpenglow.operator_specs import OPERATORS, OperatorSpec, Shape, naming
 from alpenglow.operators.base import LinearOperator
 from alpenglow.priors.hub import PREFIX
-from alpenglow.priors.loading import load_prior
-from alpenglow.priors.network import NetworkPrior
+from alpenglow.priors.protocol import Prior
 
 Count = Annotated[StrictInt, Field(ge=1)]
 
@@ -56,7 +57,7 @@ class Job(BaseModel):
 class Task:
     """What a job asks to solve: prior, operator, y [*measurement_shape], and the truth [C, H, W] if known."""
 
-    prior: NetworkPrior
+    prior: Prior
     operator: LinearOperator
     y: Tensor
     truth: Tensor | None
@@ -95,7 +96,7 @@ def load_job(options: dict[str, Any], path: str | Path | None = None) -> Job:
 def prepare(job: Job, *, batch_size: int | None = None) -> Task:
     """Read all that a job names, and simulate its measurement if asked to.
 
-    batch_size: of the prior's network (see NetworkPrior). Raises ValueError for files that are missing,
+    batch_size: of the prior's network (see BatchedPrior). Raises ValueError for files that are missing,
     damaged or do not fit together.
     """
     prior = load_prior(job.prior, device=job.device, batch_size=batch_size)
@@ -166,16 +167,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     place(fields, "input", "truth", "output")
     if isinstance(fields.get("operator"), dict):
         place(fields["operator"], "mask")
-    if _is_path(fields.get("prior")):
+    if _is_path(fields.get("prior"), folder):
         place(fields, "prior")
     return fields
 
 
-def _is_path(prior: Any) -> bool:
-    """Whether a job's prior is a file, and no name of the zoo or the hub."""
+def _is_path(prior: Any, folder: Path) -> bool:
+    """Whether a job's prior is a file, or a bundle in `folder`, and no name of the zoo or the hub."""
     if not isinstance(prior, str) or prior.startswith(PREFIX):
         return False
-    return len(Path(prior).parts) > 1 or bool(Path(prior).suffix)
+    return len(Path(prior).parts) > 1 or bool(Path(prior).suffix) or is_bundle(folder / prior)
 
 
 def _explain(item: Any) -> str:

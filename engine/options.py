@@ -13,7 +13,7 @@ Image = Annotated[
 ]
 PriorName = Annotated[
     str | None,
-    typer.Option("--prior", "-p", help="Zoo, .safetensors or hub:owner/name.", rich_help_panel=PROBLEM),
+    typer.Option("--prior", "-p", help="Zoo, file, bundle or hub:owner/name.", rich_help_panel=PROBLEM),
 ]
 NoiseStd = Annotated[
     float | None,

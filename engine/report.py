@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alpenglow._version import __version__
 from alpenglow.evaluation import evaluate
+from alpenglow.export.manifest import is_bundle, read_manifest
 from alpenglow.io import read_image
 from alpenglow.io.files import atomic_path
 from alpenglow.networks.storage import read_denoiser
@@ -47,7 +48,9 @@ def zoo() -> dict[str, str]:
 
 
 def prior(source: str) -> dict[str, Any]:
-    """The header of a zoo prior, a .safetensors file or a prior of the hub. ValueError for anything else."""
+    """What a bundle, a zoo prior, a .safetensors file or a prior of the hub says of itself."""
+    if is_bundle(source):
+        return _bundle(source)
     if source.startswith(hub.PREFIX):
         return _header(hub.fetch(source))
     if source in zoo_names():
@@ -56,6 +59,22 @@ def prior(source: str) -> dict[str, Any]:
     if Path(source).suffix != ".safetensors":
         load_prior(source)  # knows what to say of other names and files
     return _header(Path(source))
+
+
+def _bundle(folder: str) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    engines = ", ".join(f"{e.flavour} {e.version} for {e.gpu or e.capabilities}" for e in manifest.engines)
+    return {
+        "name": manifest.name,
+        "image shape": "x".join(map(str, manifest.image_shape)),
+        "units": manifest.units,
+        "sigma range": f"{manifest.sigma_range[0]:g} to {manifest.sigma_range[1]:g}",
+        "precision": manifest.precision,
+        "class": manifest.class_label,
+        "engines": engines or None,
+        "largest error": max(manifest.parity.values()),
+        "error measured by": manifest.parity_runtime,
+    }
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -33,12 +33,13 @@ def onnx_model(graph: fx.GraphModule, image_shape: tuple[int, int, int]) -> "Mod
     """Inputs x [B, C, H, W], sigma [B] -> outputs energy [B], grad [B, C, H, W], float32, for every B >= 1.
 
     graph: that of `gradient_graph`. Of ONNX's own operators of opset OPSET alone; it has passed onnx.checker
-    and strict shape inference. Takes most of a minute. Raises ValueError without the onnx packages,
+    and strict shape inference. Takes half a minute. Raises ValueError without the onnx packages,
     RuntimeError for a graph that ONNX cannot hold.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401
+        import onnx_ir.passes.common as passes
+        import onnxscript.optimizer
     except ImportError as error:
         raise ValueError(f"export needs {error.name}: pip install 'alpenglow[onnx]'") from None
     batch = torch.export.Dim("batch", min=1)
@@ -52,22 +53,25 @@ def onnx_model(graph: fx.GraphModule, image_shape: tuple[int, int, int]) -> "Mod
             exported,
             dynamo=True,
             verbose=False,
+            optimize=False,  # its search for patterns takes as long as all the rest, and gains nothing
             opset_version=OPSET,
             input_names=INPUTS,
             output_names=OUTPUTS,
         )
     assert program is not None
+    onnxscript.optimizer.fold_constants(program.model)
+    for tidy in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        # Where in our source each node came from is most of a small file, and nobody's concern.
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(program.model)
     model = program.model_proto
-    _strip(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     if foreign := {node.domain for node in model.graph.node} - {"", "ai.onnx"}:
         raise RuntimeError(f"the graph has operators of {', '.join(foreign)}; expected ONNX's own")
     return model
-
-
-def _strip(model: "ModelProto") -> None:
-    """Drop where in our source each node came from: it is most of a small file, and nobody's concern."""
-    for element in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        element.ClearField("metadata_props")
-        element.ClearField("doc_string")

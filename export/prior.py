@@ -9,6 +9,7 @@ from torch import Tensor
 from alpenglow.export.manifest import Manifest
 from alpenglow.export.runtimes.base import Bundle, Runtime, open_runtime, require, runtime_names
 from alpenglow.priors.batched import BatchedPrior, check_batch_size
+from alpenglow.priors.loading import as_device
 
 AUTO = "auto"
 
@@ -57,7 +58,7 @@ def load_bundle(
     folder: str | Path,
     *,
     backend: str = AUTO,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     batch_size: int | None = None,
 ) -> BundlePrior:
     """The prior of a bundle folder on one of its runtimes; auto: the installed one that is fastest here.
@@ -66,7 +67,7 @@ def load_bundle(
     cannot run it, RuntimeError when auto finds none that can.
     """
     check_batch_size(batch_size)
-    bundle, place = Bundle.open(folder), torch.empty(0, device=device).device
+    bundle, place = Bundle.open(folder), as_device(device)
     # The default of BatchedPrior, which needs the device that only a runtime has.
     count = batch_size or (16 if place.type == "cpu" else 64)
     if backend != AUTO:

@@ -2,19 +2,28 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import alpenglow as ag
+from alpenglow.cli import app
 from alpenglow.export.bundle import MODEL, export_bundle
 from alpenglow.export.manifest import MANIFEST, read_manifest, sha256
-from alpenglow.export.prior import load_bundle
-from alpenglow.priors.network import NetworkPrior
+from alpenglow.export.prior import BundlePrior, load_bundle
+from alpenglow.export.runtimes.base import Bundle
+from alpenglow.export.tensorrt_engine import add_engine, library, profile_for, profiles_of
+from alpenglow.priors.loading import zoo_names
+from alpenglow.priors.network import NetworkPrior, Precision
 from tests.tiny import random_denoiser
 
-for library in ("onnxscript", "onnxruntime"):
-    pytest.importorskip(library)
+for needed in ("onnxscript", "onnxruntime"):
+    pytest.importorskip(needed)
 
 
 def tiny_prior() -> NetworkPrior:
@@ -36,6 +45,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+def command(*arguments: str) -> None:
+    """`alpenglow` in this process, with its errors as exceptions."""
+    app(arguments, standalone_mode=False)
 
 
 def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +154,137 @@ def test_an_export_that_fails_its_check_leaves_nothing(
     with pytest.raises(RuntimeError, match="fails its check against float64"):
         export_bundle(tiny_prior(), tmp_path / "out", precision="float16")
     assert list(tmp_path.iterdir()) == []
+
+
+# The front door: load_prior, sample, the command line
+
+
+@pytest.mark.slow
+def test_load_prior_takes_a_bundle_and_refuses_what_it_has_not(exported: Path) -> None:
+    prior = ag.load_prior(exported, batch_size=4)
+    assert isinstance(prior, BundlePrior)
+    assert prior.backend in ("onnxruntime", "openvino")
+    assert ag.load_prior(exported, backend="onnxruntime", precision="float32").name == "tiny"
+    with pytest.raises(ValueError, match="is in float32, got precision='float16'"):
+        ag.load_prior(exported, precision="float16")
+    with pytest.raises(ValueError, match="is of class None, got class_label=1"):
+        ag.load_prior(exported, class_label=1)
+    with pytest.raises(ValueError, match="device 'toaster' cannot be used"):
+        ag.load_prior(exported, device="toaster")
+
+
+def test_weights_run_on_torch_alone() -> None:
+    with pytest.raises(ValueError, match="alpenglow export fashion-28"):
+        ag.load_prior("fashion-28", backend="onnxruntime")
+    assert isinstance(ag.load_prior("fashion-28", backend="torch"), NetworkPrior)
+
+
+@pytest.mark.slow
+def test_a_bundle_gives_the_posterior_of_the_torch_prior(exported: Path) -> None:
+    """Same seed: mean and std differ by no more than the errors of the gradients."""
+    torch_prior, bundled = tiny_prior(), ag.load_prior(exported, backend="onnxruntime", batch_size=4)
+    operator = ag.operators.Denoising()
+    y = 0.3 * torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"noise_std": 0.2, "num_samples": 8, "nfe": 20}
+    a, b = (ag.sample(prior, operator, y, **options) for prior in (torch_prior, bundled))
+    for name in ("mean", "std"):
+        expected, result = getattr(a, name), getattr(b, name)
+        assert (result - expected).norm() / expected.norm() < 2e-5
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_bundle_that_the_others_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_prior().save("tiny.safetensors")
+    command("export", "tiny.safetensors", "-o", "tiny-bundle")
+    assert "error at sigma 0.002" in capsys.readouterr().out
+    command("info", "tiny-bundle")
+    assert "onnxruntime" in capsys.readouterr().out
+    Image.fromarray(np.full((8, 8), 100, np.uint8)).save("grey.png")
+    Path("job.yaml").write_text(
+        "prior: tiny-bundle\noperator: {kind: denoising}\nnoise_std: 0.2\noutput: out\nsimulate: true\n"
+    )
+    monkeypatch.chdir(tmp_path.parent)  # a job's paths start from its folder
+    folder = tmp_path.name
+    command(
+        "reconstruct",
+        f"{folder}/grey.png",
+        "--job",
+        f"{folder}/job.yaml",
+        "--num-samples",
+        "4",
+        "--nfe",
+        "10",
+    )
+    assert (tmp_path / "out/result.h5").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "coreml"], "expected onnx, tensorrt or tensorrt-rtx"),
+        (["--batch", "1,2"], "expected three numbers"),
+        (["--batch", "4,2,8"], "expected smallest <= best <= largest"),
+        (["--precision", "int8"], "expected one of|bundle is in one of"),
+    ],
+)
+def test_the_command_refuses_at_once(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        command("export", "fashion-28", "-o", str(tmp_path / "out"), *options)
+    assert not (tmp_path / "out").exists()
+
+
+# TensorRT. For RTX it builds without a GPU; no engine can run here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_tensorrt_rtx_builds_the_model(exported: Path, tmp_path: Path, precision: Precision) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path / "bundle"
+    if precision == "float32":
+        shutil.copytree(exported, folder)
+    else:
+        export_bundle(tiny_prior(), folder, precision=precision)
+    bundle = add_engine(Bundle.open(folder), "tensorrt-rtx", (1, 4, 8), capabilities=(89,))
+    (engine,) = read_manifest(folder).engines
+    assert bundle.manifest == read_manifest(folder)
+    assert (engine.capabilities, engine.profiles) == ((89,), ((1, 1, 1), (1, 4, 8)))
+    assert (folder / engine.file).stat().st_size > 10_000
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        load_bundle(folder, backend="tensorrt-rtx")
+    with pytest.raises(ValueError, match="has no SM90"):
+        add_engine(bundle, "tensorrt-rtx", (1, 4, 8), capabilities=(90,))
+    # A graph it cannot build is an error in its own words, and leaves the bundle as it was.
+    (folder / MODEL).write_bytes(b"no model")
+    with pytest.raises(RuntimeError, match="cannot parse"):
+        add_engine(bundle, "tensorrt-rtx", (1, 4, 8))
+    assert len(list((folder / "engines").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("name", zoo_names())
+def test_zoo_priors_become_engines(name: str, precision: Precision, tmp_path: Path) -> None:
+    """They pass their check against float64, and TensorRT's parser and builder take them."""
+    pytest.importorskip("tensorrt_rtx")
+    prior = ag.load_prior(name)
+    assert isinstance(prior, NetworkPrior)
+    export_bundle(prior, tmp_path, precision=precision)
+    bundle = add_engine(Bundle.open(tmp_path), "tensorrt-rtx", (1, 16, 64), capabilities=(89,))
+    assert bundle.manifest.engines
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="tensorrt is installed here")
+def test_tensorrt_that_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'alpenglow\[tensorrt\]'"):
+        library("tensorrt")
+
+
+def test_profiles() -> None:
+    assert profiles_of((1, 16, 64)) == ((1, 1, 1), (1, 16, 64))
+    assert profiles_of((4, 4, 8)) == ((4, 4, 8),)
+    profiles = profiles_of((1, 16, 64))
+    assert [profile_for(profiles, count) for count in (1, 2, 64, 65)] == [0, 1, 1, None]

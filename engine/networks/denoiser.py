@@ -84,12 +84,16 @@ class EDMDenoiser(nn.Module):
         sigma: Tensor,
         class_label: Tensor | None = None,
         augmentation: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """F at an already scaled input c_in x [B, C, H, W]."""
+        """F at an already scaled input c_in x [B, C, H, W], in `compute_dtype` (None: that of the input)."""
         label = sigma.reshape(-1).log() / 4
+        options = {"compute_dtype": compute_dtype}
         if self.patch == 1:
-            return self.model(scaled, label, class_label, augmentation)
-        blocks = self.model(F.pixel_unshuffle(scaled, self.patch), label, class_label, augmentation)
+            return self.model(scaled, label, class_label, augmentation, **options)
+        blocks = F.pixel_unshuffle(scaled, self.patch)
+        blocks = self.model(blocks, label, class_label, augmentation, **options)
         return F.pixel_shuffle(blocks, self.patch)
 
     def forward(
@@ -107,8 +111,8 @@ class EDMDenoiser(nn.Module):
         bfloat16 runs F alone in half precision.
         """
         c = self.coefficients(sigma)
-        scaled = (c.c_in * x).to(compute_dtype or x.dtype)
-        return c.c_skip * x + c.c_out * self.raw(scaled, sigma, class_label, augmentation).to(x.dtype)
+        output = self.raw(c.c_in * x, sigma, class_label, augmentation, compute_dtype=compute_dtype)
+        return c.c_skip * x + c.c_out * output.to(x.dtype)
 
 
 def energy_and_grad(
@@ -129,18 +133,19 @@ def energy_and_grad(
     # Autograd is off in a caller's inference_mode, and enable_grad does not bring it back.
     with torch.inference_mode(False), torch.enable_grad():
         c = denoiser.coefficients(sigma)
-        scaled = (c.c_in * x).detach().to(compute_dtype or x.dtype).requires_grad_()
-        output = denoiser.raw(scaled, sigma, class_label)
+        scaled = (c.c_in * x).detach().requires_grad_()
+        output = denoiser.raw(scaled, sigma, class_label, compute_dtype=compute_dtype)
         eps = c.residual * x - c.c_out * output.to(x.dtype)
         # eps enters the vector-Jacobian product as a cotangent; a loss on G differentiates it too.
         cotangent = eps if create_graph else eps.detach()
-        if scaled.dtype != x.dtype:
+        half = output.dtype != x.dtype
+        if half:
             # eps falls with sigma to where half precision has no digits left; J_F^T is linear in it.
             size = cotangent.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
             cotangent = cotangent / size
         (pulled,) = torch.autograd.grad(output, scaled, cotangent.to(output.dtype), create_graph=create_graph)
-        if scaled.dtype != x.dtype:
-            pulled = pulled.to(x.dtype) * size
+        if half:
+            pulled = pulled * size
         grad = c.residual * eps - c.c_in * c.c_out * pulled
         energy = 0.5 * eps.square().flatten(1).sum(1)
     if not create_graph:

@@ -126,6 +126,11 @@ class SongUNet(nn.Module):
                 self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 self.dec[f"{name}_aux_conv"] = Conv2d(channels, out_channels, 3, init_scale=1e-5)
 
+    @property
+    def stem(self) -> nn.Module:
+        """The convolution that takes the image."""
+        return next(iter(self.enc.values()))
+
     def embed(
         self, noise_label: Tensor, class_label: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
@@ -148,13 +153,22 @@ class SongUNet(nn.Module):
         noise_label: Tensor,
         class_label: Tensor | None = None,
         augmentation: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """F(x): x [B, in_channels, H, W] and noise_label [B] -> [B, out_channels, H, W]; see `embed`."""
+        """F(x): x [B, in_channels, H, W] and noise_label [B] -> [B, out_channels, H, W]; see `embed`.
+
+        `compute_dtype` float16 or bfloat16: of everything behind the stem, and of the result.
+        """
         emb = self.embed(noise_label, class_label, augmentation)
-        aux = x
+        aux = x.to(compute_dtype or x.dtype)
         skips: list[Tensor] = []
         for name, layer in self.enc.items():
-            if name.endswith("_aux_down"):
+            if layer is self.stem:
+                # Not from `aux`: half precision rounds an image by a tenth of the noise of the lowest levels.
+                x = layer(x).to(aux.dtype)
+                skips.append(x)
+            elif name.endswith("_aux_down"):
                 aux = layer(aux)
             elif name.endswith("_aux_skip"):
                 x = skips[-1] = x + layer(aux)

@@ -28,27 +28,26 @@ def zoo_names() -> list[str]:
 def load_prior(
     source: str | Path,
     *,
-    backend: str = "torch",
     device: torch.device | str | None = None,
     precision: Precision = "float32",
     batch_size: int | None = None,
     class_label: int | None = None,
 ) -> NetworkPrior:
-    """An energy prior on `device` (None: CPU), from a zoo name, a .safetensors file or the Hugging Face hub.
+    """An energy prior in torch, from a zoo name, a .safetensors file or the Hugging Face hub.
+
+    `alpenglow.load_prior` takes these and exported bundles. device: None for the CPU.
 
     The hub: `hub:owner/name`, with `@revision` after it for a branch, tag or commit, and `/file.safetensors`
     after the name where the repository holds several (see alpenglow.priors.hub.fetch).
 
     `precision` float32 or float64; float16 and bfloat16 run the network in half precision (for GPUs).
     `batch_size` images go through the network at once (None: see NetworkPrior). `class_label`: the class, for
-    a class-conditional network. Raises ValueError when the
-    source is missing, damaged, foreign or no energy prior, and for options that this version does not have.
+    a class-conditional network. Raises ValueError when the source is missing, damaged, foreign or no energy
+    prior, and for options that this version does not have.
     """
-    if backend != "torch":
-        raise ValueError(f"unknown backend {backend!r}; this version has 'torch'")
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    target = _device(device)
+    target = as_device(device)
     denoiser, metadata = _read(source)
     if metadata.kind != "energy":
         raise ValueError(
@@ -72,7 +71,7 @@ def load_denoiser(source: str | Path, *, device: torch.device | str | None = Non
 
     Raises ValueError for a source that is missing, damaged or foreign.
     """
-    target = _device(device)
+    target = as_device(device)
     return _read(source)[0].to(target)
 
 
@@ -82,8 +81,8 @@ def _read(source: str | Path) -> tuple[EDMDenoiser, Metadata]:
     path = Path(source)
     if path.is_dir():
         raise ValueError(
-            f"{source} is a folder; this version loads zoo names ({_known()}) and .safetensors files. "
-            "Bundle folders come with the export feature"
+            f"{source} is a folder and no bundle, which has a manifest.json; give one of `alpenglow "
+            f"export`, a .safetensors file, or a name of the zoo ({_known()})"
         )
     if path.suffix.lower() in FOREIGN:
         raise ValueError(
@@ -105,7 +104,8 @@ def _known() -> str:
     return ", ".join(zoo_names()) or "no priors in this build"
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device, None for the CPU, "cuda" as "cuda:0"; ValueError for one that is not here."""
     try:
         return torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -138,7 +138,10 @@ def check_fits(denoiser: EDMDenoiser, image_shape: tuple[int, int, int]) -> None
 
 
 def _narrow_convolutions(denoiser: EDMDenoiser, dtype: torch.dtype) -> None:
-    """Store the convolutions in half precision: casting them at every call would cost a pass over them."""
+    """Store the convolutions in half precision: casting them at every call would cost a pass over them.
+
+    But the stem, which takes a float32 image (see SongUNet.forward).
+    """
     for module in denoiser.modules():
-        if isinstance(module, Conv2d) and module.weight is not None:
+        if isinstance(module, Conv2d) and module.weight is not None and module is not denoiser.model.stem:
             module.to(dtype)

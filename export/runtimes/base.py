@@ -53,6 +53,8 @@ class _Entry(NamedTuple):
 _TABLE = {
     "onnxruntime": _Entry("onnx_runtime", "onnxruntime", "onnx"),
     "openvino": _Entry("openvino", "openvino", "openvino"),
+    "tensorrt": _Entry("tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": _Entry("tensorrt", "tensorrt_rtx", "tensorrt-rtx"),
 }
 
 
