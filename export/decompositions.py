@@ -119,7 +119,11 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 def _softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     product = grad * output
-    return (product - output * product.sum(dim, keepdim=True)).to(input_dtype)
+    # The sum as a product with ones: ONNX Runtime's sums of odd lengths depend, in the last bits, on where in
+    # memory they start, and so on an image's place in the batch.
+    ones = torch.ones(output.shape[dim], 1, dtype=product.dtype, device=product.device)
+    total = (product.movedim(dim, -1) @ ones).movedim(-1, dim)
+    return (product - output * total).to(input_dtype)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The graph of energy and gradient as an ONNX model."""
 
 import copy
+import logging
 import warnings
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,10 @@ def onnx_model(graph: fx.GraphModule, image_shape: tuple[int, int, int]) -> "Mod
     example = (torch.zeros(3, *image_shape), torch.ones(3))
     exported = torch.export.export(graph, example, dynamic_shapes=({0: batch}, {0: batch}))
     with warnings.catch_warnings():
-        # Of torch's own names that it will do without.
-        warnings.simplefilter("ignore", (FutureWarning, DeprecationWarning, UserWarning))
+        # Of names within torch that it will do without.
+        warnings.simplefilter("ignore")
+        # It says of each operator of torchvision that it does without it.
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         program = torch.onnx.export(
             exported,
             dynamo=True,

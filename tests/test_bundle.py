@@ -268,11 +268,19 @@ def test_tensorrt_rtx_builds_the_model(exported: Path, tmp_path: Path, precision
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("name", zoo_names())
 def test_zoo_priors_become_engines(name: str, precision: Precision, tmp_path: Path) -> None:
-    """They pass their check against float64, and TensorRT's parser and builder take them."""
+    """They pass their check, do not depend on the place in the batch, and TensorRT takes the graph."""
     pytest.importorskip("tensorrt_rtx")
     prior = ag.load_prior(name)
     assert isinstance(prior, NetworkPrior)
     export_bundle(prior, tmp_path, precision=precision)
+    exported = load_bundle(tmp_path, backend="onnxruntime", batch_size=4)
+    x = torch.randn(4, *prior.image_shape, generator=torch.Generator().manual_seed(1))
+    sigma = torch.tensor([0.01, 0.1, 1.0, 10.0])
+    energy, grad = exported.energy_and_grad(x, sigma)
+    turned = exported.energy_and_grad(x.flip(0), sigma.flip(0))
+    assert torch.equal(turned[0].flip(0), energy)
+    assert torch.equal(turned[1].flip(0), grad)
+    assert torch.equal(exported.energy_and_grad(x[2:3], sigma[2:3])[1], grad[2:3])
     bundle = add_engine(Bundle.open(tmp_path), "tensorrt-rtx", (1, 16, 64), capabilities=(89,))
     assert bundle.manifest.engines
 
