@@ -265,46 +265,30 @@ alpenglow reconstruct boot.png --simulate --prior fashion-28-bundle \\
 @app.command(epilog=_example(EXPORT))
 def export(
     prior: Annotated[str, typer.Argument(metavar="PRIOR", help="Zoo, .safetensors or hub:owner/name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle, or the repository.")],
     format: Annotated[str, typer.Option(help="onnx, tensorrt or tensorrt-rtx.")] = "onnx",
     precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    batch: Annotated[str, typer.Option(help="TensorRT: smallest, best and largest batch.")] = "1,16,64",
+    batch: Annotated[
+        str, typer.Option(help="Smallest, best and largest, for engine and server.")
+    ] = "1,16,64",
+    layout: Annotated[str, typer.Option(help="bundle, or triton-server: a model repository.")] = "bundle",
     class_label: Annotated[int | None, typer.Option(help="For a class-conditional prior: the class.")] = None,
 ) -> None:
     """Write energy and gradient as a bundle that ONNX Runtime, OpenVINO and TensorRT run.
 
     What is written was compared with float64. tensorrt adds an engine for this machine's GPU, tensorrt-rtx
-    one that needs no GPU to be built.
+    one that needs no GPU to be built. triton-server: NVIDIA's Triton Inference Server.
     """
-    from alpenglow.export.bundle import export_bundle
-    from alpenglow.export.runtimes.base import Bundle
-    from alpenglow.export.tensorrt_engine import MODULES, add_engine, library, profiles_of
-    from alpenglow.priors.loading import load_prior
+    from alpenglow.export.command import run
 
-    if format != "onnx" and format not in MODULES:
-        raise ValueError(f"format is {format!r}; expected onnx, {' or '.join(MODULES)}")
-    batches = _batches(batch)
-    profiles_of(batches)
-    if format in MODULES:
-        library(format)
     with progress_bar("export") as progress:
-        manifest = export_bundle(
-            load_prior(prior, class_label=class_label), output,
-            precision=precision, progress=progress,  # type: ignore[arg-type]
+        written = run(
+            prior, output, format=format, precision=precision, batch=batch, layout=layout,
+            class_label=class_label, progress=progress,
         )  # fmt: skip
-    print_facts({f"error at sigma {sigma}": error for sigma, error in manifest.parity.items()})
-    if format in MODULES:
-        bundle = add_engine(Bundle.open(output), format, batches)
-        typer.echo(f"Engine: {output / bundle.manifest.engines[-1].file}")
-    typer.echo(f"Bundle: {output}")
-
-
-def _batches(text: str) -> tuple[int, int, int]:
-    try:
-        low, best, high = (int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"batch is {text!r}; expected three numbers such as 1,16,64") from None
-    return low, best, high
+    print_facts({f"error at sigma {sigma}": error for sigma, error in written.manifest.parity.items()})
+    for path in written.paths:
+        typer.echo(f"Results: {path}")
 
 
 @app.command(epilog=_example("alpenglow distill engine/priors/zoo/fashion-28.yaml -o runs/fashion-28"))

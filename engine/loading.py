@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from alpenglow.export.manifest import is_bundle
-from alpenglow.export.prior import AUTO, BundlePrior, load_bundle
+from alpenglow.export.prior import AUTO, RuntimePrior, load_bundle, on_torch_backend
 from alpenglow.priors import loading
 from alpenglow.priors.network import NetworkPrior, Precision
 
@@ -20,12 +20,13 @@ def load_prior(
     precision: Precision | None = None,
     batch_size: int | None = None,
     class_label: int | None = None,
-) -> NetworkPrior | BundlePrior:
+) -> NetworkPrior | RuntimePrior:
     """An energy prior on `device` (None: CPU).
 
     source: a zoo name, a .safetensors file, `hub:owner/name` (see alpenglow.priors.hub.fetch), or the folder
-    of a bundle (`alpenglow export`). backend: weights run on `torch`, their default; a bundle on onnxruntime,
-    openvino, tensorrt, tensorrt-rtx, or `auto`, its default: the fastest of those that are installed.
+    of a bundle (`alpenglow export`). backend: weights run on `torch`, their default, torch-compile or
+    cuda-graph; a bundle on onnxruntime, openvino, tensorrt, tensorrt-rtx, or `auto`, its default: the
+    fastest of those that are installed.
     precision: of weights, float32 (None) or float64, or float16 or bfloat16 for the network alone (for GPUs);
     a bundle has its own, and so has it its class. batch_size: images that go through the network at once
     (None: see BatchedPrior). class_label: the class, for a class-conditional network.
@@ -43,15 +44,11 @@ def load_prior(
                 f"the bundle {source} is of class {manifest.class_label}, got class_label={class_label}"
             )
         return prior
-    if backend not in (None, TORCH):
-        raise ValueError(
-            f"{source} holds weights, which run on backend 'torch', got {backend!r}; for other backends make "
-            f"a bundle: alpenglow export {source} -o FOLDER, and load FOLDER"
-        )
-    return loading.load_prior(
+    weights = loading.load_prior(
         source,
         device=device,
         precision=precision or "float32",
         batch_size=batch_size,
         class_label=class_label,
     )
+    return weights if backend in (None, TORCH) else on_torch_backend(weights, backend)

@@ -1,4 +1,4 @@
-"""A bundle as a prior."""
+"""Priors that a runtime evaluates: exported bundles, and weights on torch's faster modes."""
 
 import time
 from pathlib import Path
@@ -8,50 +8,69 @@ from torch import Tensor
 
 from alpenglow.export.manifest import Manifest
 from alpenglow.export.runtimes.base import Bundle, Runtime, open_runtime, require, runtime_names
+from alpenglow.export.runtimes.torch_graph import FROM_WEIGHTS
 from alpenglow.priors.batched import BatchedPrior, check_batch_size
 from alpenglow.priors.loading import as_device
+from alpenglow.priors.network import NetworkPrior
 
 AUTO = "auto"
 
 
-class BundlePrior(BatchedPrior):
-    """The energy prior of an exported bundle, run by one of alpenglow.export.runtimes.
+class RuntimePrior(BatchedPrior):
+    """An energy prior that one of alpenglow.export.runtimes evaluates, `batch_size` images at a time.
 
-    float32 in and out, in batches of `batch_size` (see BatchedPrior). backend: the runtime's name.
+    like: the prior (or the manifest) whose name, image shape, levels and class it has. backend: the name of
+    the runtime. See BatchedPrior.
     """
 
-    dtype = torch.float32
-
-    def __init__(self, bundle: Bundle, runtime: Runtime, batch_size: int | None = None) -> None:
-        manifest = bundle.manifest
-        self.bundle = bundle
-        self.name = manifest.name
-        self.image_shape = manifest.image_shape
-        self.sigma_range = manifest.sigma_range
-        self.metadata = {"units": manifest.units}
-        self.class_label = manifest.class_label
+    def __init__(
+        self, like: NetworkPrior | Manifest, runtime: Runtime, batch_size: int, dtype: torch.dtype
+    ) -> None:
+        self.name = like.name
+        self.image_shape = like.image_shape
+        self.sigma_range = like.sigma_range
+        self.class_label = like.class_label
+        self.dtype = dtype
         self.device = runtime.device
         self.backend = runtime.name
         self._runtime = runtime
         self._batch_size = batch_size
 
     def __repr__(self) -> str:
-        return f"BundlePrior({self.name!r}, backend={self.backend!r}, device={str(self.device)!r})"
+        return f"{type(self).__name__}({self.name!r}, backend={self.backend!r}, device={str(self.device)!r})"
+
+    def run(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """E and G of `batch_size` images; overwritten by the next call."""
+        return self._runtime.run(x, sigma)
+
+
+class BundlePrior(RuntimePrior):
+    """The energy prior of an exported bundle, float32 in and out."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, batch_size: int) -> None:
+        super().__init__(bundle.manifest, runtime, batch_size, torch.float32)
+        self.bundle = bundle
 
     @property
     def manifest(self) -> Manifest:
         """What the bundle says of itself."""
         return self.bundle.manifest
 
-    def run(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """E and G of `batch_size` images; overwritten by the next call."""
-        return self._runtime.run(x, sigma)
-
     def to(self, device: torch.device | str) -> "BundlePrior":
         """This prior on another device, by the fastest runtime there."""
         if torch.empty(0, device=device).device == self.device:
             return self
         return load_bundle(self.bundle.folder, device=device, batch_size=self._batch_size)
+
+
+def on_torch_backend(prior: NetworkPrior, backend: str) -> RuntimePrior:
+    """The same prior on torch-compile or cuda-graph. Raises ValueError for another backend or device."""
+    if backend not in FROM_WEIGHTS:
+        raise ValueError(
+            f"weights run on torch, {' or '.join(FROM_WEIGHTS)}, got backend {backend!r}; for others make a "
+            f"bundle and load that: alpenglow export {prior.name} -o FOLDER"
+        )
+    return RuntimePrior(prior, FROM_WEIGHTS[backend](prior), prior.batch_size, prior.dtype)
 
 
 def load_bundle(

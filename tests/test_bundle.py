@@ -14,7 +14,8 @@ from PIL import Image
 import alpenglow as ag
 from alpenglow.cli import app
 from alpenglow.export.bundle import MODEL, export_bundle
-from alpenglow.export.manifest import MANIFEST, read_manifest, sha256
+from alpenglow.export.manifest import MANIFEST, Engine, read_manifest, sha256
+from alpenglow.export.model_repository import write_model_repository
 from alpenglow.export.prior import BundlePrior, load_bundle
 from alpenglow.export.runtimes.base import Bundle
 from alpenglow.export.tensorrt_engine import add_engine, library, profile_for, profiles_of
@@ -176,7 +177,28 @@ def test_load_prior_takes_a_bundle_and_refuses_what_it_has_not(exported: Path) -
 def test_weights_run_on_torch_alone() -> None:
     with pytest.raises(ValueError, match="alpenglow export fashion-28"):
         ag.load_prior("fashion-28", backend="onnxruntime")
+    with pytest.raises(ValueError, match="cuda-graph needs a CUDA GPU"):
+        ag.load_prior("fashion-28", backend="cuda-graph")
     assert isinstance(ag.load_prior("fashion-28", backend="torch"), NetworkPrior)
+
+
+@pytest.mark.slow
+def test_torch_compiled(tmp_path: Path) -> None:
+    tiny_prior().save(tmp_path / "tiny.safetensors", dtype=torch.float32)
+    prior = ag.load_prior(tmp_path / "tiny.safetensors", backend="torch-compile", batch_size=2)
+    x, sigma = inputs(3)
+    torch.testing.assert_close(
+        prior.energy_and_grad(x, sigma), tiny_prior().energy_and_grad(x, sigma), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_torch_as_a_cuda_graph() -> None:
+    prior = ag.load_prior("fashion-28", backend="cuda-graph", device="cuda", batch_size=4)
+    x = torch.randn(6, 1, 28, 28, device="cuda")
+    sigma = torch.logspace(-2, 1, 6, device="cuda")
+    expected = ag.load_prior("fashion-28", device="cuda", batch_size=4).energy_and_grad(x, sigma)
+    torch.testing.assert_close(prior.energy_and_grad(x, sigma), expected)
 
 
 @pytest.mark.slow
@@ -225,6 +247,8 @@ def test_the_command_writes_a_bundle_that_the_others_take(
     ("options", "message"),
     [
         (["--format", "coreml"], "expected onnx, tensorrt or tensorrt-rtx"),
+        (["--layout", "shelf"], "expected bundle or triton-server"),
+        (["--layout", "triton-server", "--format", "tensorrt-rtx"], "not of tensorrt-rtx"),
         (["--batch", "1,2"], "expected three numbers"),
         (["--batch", "4,2,8"], "expected smallest <= best <= largest"),
         (["--precision", "int8"], "expected one of|bundle is in one of"),
@@ -234,6 +258,35 @@ def test_the_command_refuses_at_once(options: list[str], message: str, tmp_path:
     with pytest.raises(ValueError, match=message):
         command("export", "fashion-28", "-o", str(tmp_path / "out"), *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_repository_is_of_the_servers_schema(exported: Path, tmp_path: Path) -> None:
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    folder = write_model_repository(Bundle.open(exported), tmp_path / "models", largest_batch=32)
+    assert sha256(folder / "1/model.onnx") == sha256(exported / MODEL)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "onnxruntime", 32)
+    assert [(port.name, list(port.dims)) for port in config.input] == [("x", [1, 8, 8]), ("sigma", [1])]
+    assert [(port.name, list(port.dims)) for port in config.output] == [("energy", [1]), ("grad", [1, 8, 8])]
+    assert config.HasField("dynamic_batching")
+    assert config.input[1].HasField("reshape")
+    # An engine's profiles bound the batch. None can be built here, so one is only named.
+    named = Engine(
+        file=MODEL, flavour="tensorrt", version="10.9", gpu="NVIDIA H100", capabilities=(90,),
+        profiles=((1, 1, 1), (1, 64, 256)),
+    )  # fmt: skip
+    folder = write_model_repository(Bundle.open(exported), tmp_path / "engines", engine=named)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 256)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
+    assert (folder / "1/model.plan").is_file()
+    with pytest.raises(ValueError, match="runs engines of tensorrt"):
+        write_model_repository(
+            Bundle.open(exported), tmp_path, engine=named.model_copy(update={"flavour": "tensorrt-rtx"})
+        )
 
 
 # TensorRT. For RTX it builds without a GPU; no engine can run here
