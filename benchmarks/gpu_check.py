@@ -1,9 +1,11 @@
-"""`make gpu-check`: the kernels' tests on this GPU, then each kernel's time against what it replaces.
+"""`make gpu-check`: the kernels' tests on this GPU, each kernel's time against what it replaces, and every
+backend's time for the energy gradient of the EDM 64x64 network.
 
 python -m benchmarks.gpu_check [--device cpu] [--skip-tests] [-o docs/kernels-gpu.md]
 
 Runs with the torch and triton that are installed; needs no network, and nothing else: without pytest and
-hypothesis it compares kernels and twins on the benchmark's own inputs. On a CPU it times the twins.
+hypothesis it compares kernels and twins on the benchmark's own inputs, and without onnx, onnxruntime-gpu
+and tensorrt it times the gradient in torch alone. On a CPU it times the twins.
 """
 
 import argparse
@@ -19,7 +21,8 @@ import torch
 
 from alpenglow.kernels import cg_update, group_norm_silu, pixel_step, sense, spectral_step
 from alpenglow.kernels.triton_support import AVAILABLE
-from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
+from alpenglow.priors.network import NetworkPrior
+from benchmarks.gradients import EDM_64, gradient_table, random_prior
 from benchmarks.kernel_cases import COMPILABLE, FAMILIES, Case, pixel_cases
 
 TESTS = [
@@ -34,10 +37,6 @@ TESTS = [
         "kernel_runs",
     )
 ]
-EDM_64 = {
-    "img_resolution": 64, "in_channels": 3, "out_channels": 3, "model_channels": 128,
-    "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16], "dropout": 0.0,
-}  # fmt: skip
 
 
 def seconds(run: Callable[[], object], device: str, *, repeats: int = 30) -> float:
@@ -106,18 +105,17 @@ def row(case: Case, device: str, bandwidth: float, *, compile_too: bool) -> str:
     return f"| {case.name} | {1e6 * ours:.0f} | {moved} | {share} | {eager / ours:.2f} | {compiled} |"
 
 
-def iteration_share(batch: int) -> str:
-    """How much of an iteration of the EDM 64x64 network (random weights, float16) the pixel step takes."""
-    torch.manual_seed(0)
-    network = EDMDenoiser.from_config({"backbone": "SongUNet", "network": EDM_64, "sigma_data": 0.5})
-    network = network.cuda().requires_grad_(False).eval()
-    x = torch.randn(batch, 3, 64, 64, device="cuda")
+def iteration_share(prior: NetworkPrior) -> str:
+    """How much of an iteration, with the gradient in eager torch, the pixel step takes."""
+    batch, size = prior.batch_size, prior.image_shape[1]
+    x = torch.randn(batch, *prior.image_shape, device="cuda")
     sigma = torch.full((batch,), 0.5, device="cuda")
-    gradient = seconds(lambda: energy_and_grad(network, x, sigma, compute_dtype=torch.float16), "cuda")
-    step = seconds(next(c for c in pixel_cases("cuda", batch, 64) if "kinetic" in c.name).kernel, "cuda")
+    gradient = seconds(lambda: prior.run(x, sigma), "cuda")
+    step = seconds(next(c for c in pixel_cases("cuda", batch, size) if "kinetic" in c.name).kernel, "cuda")
     return (
-        f"EDM 64x64 network, float16, batch {batch}: {1e3 * gradient:.1f} ms for energy and gradient, "
-        f"{1e3 * step:.3f} ms for the data-consistency step, {step / (gradient + step):.2%} of an iteration."
+        f"EDM {size}x{size} network, float16, batch {batch}: {1e3 * gradient:.1f} ms for energy and "
+        f"gradient, {1e3 * step:.3f} ms for the data-consistency step, {step / (gradient + step):.2%} of an "
+        "iteration."
     )
 
 
@@ -137,7 +135,8 @@ def report(device: str, batch: int, size: int) -> str:
             lines.append(row(case, device, bandwidth, compile_too=device == "cuda"))
             print(lines[-1], flush=True)
     if device == "cuda":
-        lines += ["", iteration_share(batch)]
+        prior = random_prior(EDM_64, "cuda", "float16", batch, 64)
+        lines += ["", iteration_share(prior), "", *gradient_table(prior)]
     return "\n".join(lines) + "\n"
 
 
