@@ -13,6 +13,7 @@ from PIL import Image
 
 import alpenglow as ag
 from alpenglow.cli import app
+from alpenglow.console import DEBUG
 from alpenglow.export.bundle import MODEL, export_bundle
 from alpenglow.export.manifest import MANIFEST, Engine, read_manifest, sha256
 from alpenglow.export.model_repository import write_model_repository
@@ -50,7 +51,9 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 
 def command(*arguments: str) -> None:
     """`alpenglow` in this process, with its errors as exceptions."""
-    app(arguments, standalone_mode=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DEBUG, "1")
+        app(arguments, standalone_mode=False)
 
 
 def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
