@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import yaml
@@ -18,7 +18,9 @@ from alpenglow.operators.base import LinearOperator
 from alpenglow.priors.hub import PREFIX
 from alpenglow.priors.protocol import Prior
 
+ESPIRIT = "espirit"
 Count = Annotated[StrictInt, Field(ge=1)]
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 class Job(BaseModel):
@@ -70,19 +72,7 @@ def load_job(options: dict[str, Any], path: str | Path | None = None) -> Job:
     replaces all of its operator. Paths in the file start from its folder. Raises ValueError that names every
     field that is wrong.
     """
-    fields: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
-    given = {key: value for key, value in options.items() if value is not None}
-    operator = {key: value for key, value in given.pop("operator", {}).items() if value is not None}
-    filed = fields.get("operator")
-    if operator:
-        kept = filed if isinstance(filed, dict) and operator.get("kind") in (None, filed.get("kind")) else {}
-        given["operator"] = kept | operator
-    try:
-        job = Job.model_validate(fields | given)
-    except ValidationError as error:
-        where = "" if path is None else f" (options and {path})"
-        problems = "".join(f"\n  {_explain(item)}" for item in error.errors())
-        raise ValueError(f"the job{where} cannot run:{problems}") from None
+    job = validate(Job, merge_fields(options, path), path)
     if job.operator.kind == "random-inpainting" and not job.simulate:
         raise ValueError(
             "random-inpainting hides pixels of its own choice, so it needs simulate (--simulate); for a "
@@ -91,6 +81,28 @@ def load_job(options: dict[str, Any], path: str | Path | None = None) -> Job:
     if job.simulate and job.truth is not None:
         raise ValueError("with simulate the input is the truth; leave truth out")
     return job
+
+
+def merge_fields(options: dict[str, Any], path: str | Path | None = None) -> dict[str, Any]:
+    """The fields of the YAML file `path`, under options that are not None; see load_job."""
+    fields: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    given = {key: value for key, value in options.items() if value is not None}
+    operator = {key: value for key, value in given.pop("operator", {}).items() if value is not None}
+    filed = fields.get("operator")
+    if operator:
+        kept = filed if isinstance(filed, dict) and operator.get("kind") in (None, filed.get("kind")) else {}
+        given["operator"] = kept | operator
+    return fields | given
+
+
+def validate(model: type[Fields], fields: dict[str, Any], path: str | Path | None = None) -> Fields:
+    """The model of these fields; ValueError that explains every field that is wrong."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        where = "" if path is None else f" (options and {path})"
+        problems = "".join(f"\n  {_explain(model, item)}" for item in error.errors())
+        raise ValueError(f"the job{where} cannot run:{problems}") from None
 
 
 def prepare(job: Job, *, batch_size: int | None = None) -> Task:
@@ -165,6 +177,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
                 parent[key] = str(folder / parent[key])
 
     place(fields, "input", "truth", "output")
+    if fields.get("maps") != ESPIRIT:
+        place(fields, "maps")
     if isinstance(fields.get("operator"), dict):
         place(fields["operator"], "mask")
     if _is_path(fields.get("prior"), folder):
@@ -179,7 +193,7 @@ def _is_path(prior: Any, folder: Path) -> bool:
     return len(Path(prior).parts) > 1 or bool(Path(prior).suffix) or is_bundle(folder / prior)
 
 
-def _explain(item: Any) -> str:
+def _explain(job: type[BaseModel], item: Any) -> str:
     """One error of pydantic: what was got, what was expected, and the option that gives it."""
     where = [str(part) for part in item["loc"]]
     if where[:1] == ["operator"]:
@@ -195,8 +209,8 @@ def _explain(item: Any) -> str:
             ", ".join([field for field in model.model_fields if field != "kind"]) or "no options"
         )
     else:
-        model, name, shown = Job, where[0], where[0]
-        known = f"a job has {', '.join(Job.model_fields)}"
+        model, name, shown = job, where[0], where[0]
+        known = f"a job has {', '.join(job.model_fields)}"
     if name not in model.model_fields:
         return f"unknown field {shown}; {known}"
     option = {"input": "IMAGE"}.get(name, f"--{name.replace('_', '-')}")

@@ -34,6 +34,17 @@ JobFile = Annotated[
     Path | None,
     typer.Option("--job", "-j", help="YAML file of these fields; options go first.", rich_help_panel=PROBLEM),
 ]
+SCAN = "Scan (multi-coil k-space)"
+Maps = Annotated[
+    str | None,
+    typer.Option(help="espirit (default), or a file of coil maps: NPY, CFL, H5.", rich_help_panel=SCAN),
+]
+Slices = Annotated[
+    str | None, typer.Option(metavar="FIRST:END", help="Slices to do (all).", rich_help_panel=SCAN)
+]
+WithMap = Annotated[
+    bool | None, typer.Option("--map", help="Search the MAP image of each slice too.", rich_help_panel=SCAN)
+]
 Kind = Annotated[
     str | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,34 @@ class Posterior:
         """This posterior with the true image [C, H, W]."""
         return replace(self, truth=image)
 
+    def scaled(self, factor: float) -> "Posterior":
+        """This posterior with images in other units: `factor` of the new ones are one of the old."""
+        tensors = {name: getattr(self, name) for name in _TENSORS if name != "energy"}
+        images = {name: None if tensor is None else tensor * factor for name, tensor in tensors.items()}
+        known = self.diagnostics
+        mcse = {"mcse": known["mcse"] * factor} if "mcse" in known else {}
+        return replace(self, **images, diagnostics=known | mcse)
+
+    def magnitude(self) -> "Posterior":
+        """The posterior of |x| [1, H, W] for complex images x [2, H, W]; its mean is E |x|, not |E x|.
+
+        Raises ValueError for other images, and where the samples were not kept.
+        """
+        if len(self.mean) != 2 or self.samples is None:
+            raise ValueError(
+                f"magnitudes need samples of complex images [N, 2, H, W]; got images {tuple(self.mean.shape)}"
+                + ("" if self.samples is not None else ", and no samples")
+            )
+        known = {key: self.diagnostics[key] for key in ("ess_pooled", "lineages") if key in self.diagnostics}
+        moduli = Posterior.from_samples(
+            self.samples.norm(dim=1, keepdim=True), energy=self.energy, nfe=self.nfe, diagnostics=known,
+            settings=self.settings,
+        )  # fmt: skip
+        images = {"map_image": self.map_image, "truth": self.truth}
+        return replace(
+            moduli, **{n: None if i is None else i.norm(dim=0, keepdim=True) for n, i in images.items()}
+        )
+
     def quantile(self, q: float | Sequence[float]) -> Tensor:
         """Sample quantiles per pixel: [C, H, W] for one q, [Q, C, H, W] for several.
 
@@ -200,12 +228,19 @@ class Posterior:
         truth = truth.to(lower.device)
         return ((lower <= truth) & (truth <= upper)).float().mean().item()
 
-    def save(self, path: str | Path) -> None:
-        """Write an HDF5 file, whole or not at all. Raises OSError where the disk refuses."""
+    def save(self, path: str | Path, *, samples: Iterable[Tensor] | None = None) -> None:
+        """Write an HDF5 file, whole or not at all. Raises OSError where the disk refuses.
+
+        samples: blocks [n, C, H, W] of the samples of a posterior that does not keep them, written one by one
+        in place of its reservoir.
+        """
         tensors = {name: getattr(self, name) for name in _TENSORS} | {
             "nfe": torch.tensor(self.nfe, dtype=torch.float64)
         }
-        write_result(path, tensors, self.diagnostics, self.settings)
+        blocks = None
+        if samples is not None:
+            tensors["reservoir"], blocks = None, {"samples": samples}
+        write_result(path, tensors, self.diagnostics, self.settings, blocks)
 
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
