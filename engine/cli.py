@@ -1,5 +1,6 @@
 """The command line: `alpenglow COMMAND --help` shows an example of each command."""
 
+import importlib
 import json
 import signal
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alpenglow.jobs import Job, Task
+    from alpenglow.mri.job import ScanJob
     from alpenglow.posterior import Posterior
 
 # torch and matplotlib take seconds to import: each command imports what it needs, and --help none of it.
@@ -86,6 +88,8 @@ with this in job.yaml (its paths start from its folder):
   operator: {kind: inpainting, mask: mask.png}
   noise_std: 0.05
   output: out
+
+alpenglow reconstruct scan.h5 --prior brain-128 --maps espirit --num-samples 64 -o out/
 """
 
 
@@ -107,27 +111,37 @@ def reconstruct(
     angle: options.Angle = None,
     factor: options.Factor = None,
     filter: options.Filter = None,
+    maps: options.Maps = None,
+    slices: options.Slices = None,
+    map_images: options.WithMap = None,
     num_samples: options.NumSamples = None,
     method: options.Method = None,
     nfe: options.Nfe = None,
     seed: options.Seed = None,
     device: options.Device = None,
 ) -> None:
-    """Draw posterior samples for a measurement.
+    """Draw posterior samples for a measurement, or for every slice of a scan.
 
     Writes result.h5 (all of it), mean.png (complex: mean.npy), std.npy and summary.png.
 
     With --simulate also measurement.npy, and mask.png if there is a mask.
+
+    Of a scan (fastMRI or ISMRMRD .h5, .mrd, BART .cfl; .npy with --maps): mean, std, lower, upper (.nii.gz),
+    reconstruction.h5, and slices/. A run that was stopped goes on at the slice it was at.
     """
     from alpenglow.api import sample
     from alpenglow.io import write_image
     from alpenglow.io.folders import atomic_folder
     from alpenglow.jobs import load_job, prepare
+    from alpenglow.mri.job import scan_job
     from alpenglow.plotting import plot_posteriors
 
-    chosen = load_job(_fields(locals()), job)
+    fields = _fields(locals()) | {"maps": maps, "slices": slices, "map": map_images}
+    if scan := scan_job(fields, job):
+        return _reconstruct_scan(scan)
+    chosen = load_job(fields, job)
     task = prepare(chosen)
-    given = {} if chosen.nfe is None else {"nfe": chosen.nfe}
+    given: dict[str, Any] = {} if chosen.nfe is None else {"nfe": chosen.nfe}
     with atomic_folder(chosen.output) as folder:
         with progress_bar("sampling") as progress:
             posterior = sample(
@@ -347,6 +361,99 @@ def evaluate(
 
     figures = report.compare(source, teacher, data, sigma, output)
     print_table(list(figures[0]), [list(row.values()) for row in figures])
+
+
+def _reconstruct_scan(job: "ScanJob") -> None:
+    from alpenglow.mri.scan import reconstruct_scan
+
+    with progress_bar("slices") as progress:
+        result = reconstruct_scan(job, progress=progress)
+    found = f", {result.found} were there" if result.found else ""
+    print_facts(
+        {
+            "slices": f"{result.done} done{found}",
+            "noise std": f"{result.noise.noise_std:.4g} ({result.noise.source})",
+        }
+    )
+    for path in result.volumes.values():
+        typer.echo(f"Results: {path}")
+
+
+@app.command("report", epilog=_example("alpenglow report out/result.h5 -o report.html"))
+def report_(
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="Result .h5, as reconstruct writes it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, .html.")],
+    max_size: Annotated[float, typer.Option(min=0, help="Largest size in MB; fewer samples fit it.")] = 32.0,
+) -> None:
+    """Write a result as one HTML page to look through: images, the marginal at each pixel, convergence.
+
+    The page needs no network: send it, or open it from a file, on a phone too.
+    """
+    from alpenglow.html_report import write_report
+    from alpenglow.posterior import Posterior
+
+    write_report(Posterior.load(result), output, name=result.name, max_megabytes=max_size)
+    typer.echo(f"Report: {output}")
+
+
+bench = typer.Typer(help="Measure on this machine, in a checkout of the repository.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+QUALITY = """
+alpenglow bench quality --prior fashion-28 -o out/
+
+alpenglow bench quality --prior brain-128 --row mri-8x-1d \\
+  --images 2 --samples 16 --baseline-nfe 200 -o out/
+"""
+
+
+@bench.command("quality", epilog=_example(QUALITY))
+def bench_quality(
+    prior: Annotated[str, typer.Option("--prior", "-p", help="Zoo, .safetensors or hub:owner/name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of quality.md and quality/.")],
+    images: Annotated[int, typer.Option(help="Held-out images.")] = 8,
+    samples: Annotated[int, typer.Option(help="Samples of each, at least 2.")] = 32,
+    baseline_nfe: Annotated[
+        int, typer.Option(help="Network evaluations a sample of DPS and DAPS (published: 1000).")
+    ] = 1000,
+    row: Annotated[list[str] | None, typer.Option(help="A row of the table; repeat it (all).")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="calibrated, alps, map, dps or daps; repeat it (all).")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Denoiser of DPS and DAPS (runs/NAME/NAME-teacher.safetensors, or the prior's own)."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Recipe (.yaml) of the images (that of the zoo).")] = None,
+    device: options.Device = None,
+) -> None:
+    """Compare calibrated, alps and MAP with DPS and DAPS, on held-out images: quality, calibration, cost.
+
+    Takes hours on a CPU. Results are kept after each method of each row, and a run that was stopped goes on
+    when it is started again with the same options. Images come from `make data`.
+    """
+    with progress_bar("quality") as progress:
+        page = _benchmarks("quality.run").run(
+            prior, output, images=images, samples=samples, baseline_nfe=baseline_nfe,
+            rows=row or (), methods=method or (), teacher=teacher, data=data, device=device,
+            progress=progress, log=typer.echo,
+        )  # fmt: skip
+    typer.echo(f"\nResults: {page}")
+
+
+def _benchmarks(module: str) -> Any:
+    """A module of benchmarks/, which belongs to the repository and is in no wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "quality").is_dir():
+        raise ValueError(
+            "the benchmarks are not part of the installed package; clone the repository and call "
+            ".venv/bin/alpenglow there, after `make demo` or `pip install -e .`"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(f"benchmarks.{module}")
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:

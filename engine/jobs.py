@@ -196,7 +196,7 @@ def _is_path(prior: Any, folder: Path) -> bool:
 def _explain(job: type[BaseModel], item: Any) -> str:
     """One error of pydantic: what was got, what was expected, and the option that gives it."""
     where = [str(part) for part in item["loc"]]
-    if where[:1] == ["operator"]:
+    if where[:1] == ["operator"] and "operator" in job.model_fields:
         if len(where) == 1:
             got = {"missing": "missing", "union_tag_not_found": "given without a kind"}.get(item["type"])
             tag = item.get("ctx", {}).get("tag")

@@ -171,8 +171,11 @@ class Posterior:
 
     def scaled(self, factor: float) -> "Posterior":
         """This posterior with images in other units: `factor` of the new ones are one of the old."""
-        tensors = {name: getattr(self, name) for name in _TENSORS if name != "energy"}
-        images = {name: None if tensor is None else tensor * factor for name, tensor in tensors.items()}
+        images: dict[str, Any] = {
+            name: None if (image := getattr(self, name)) is None else image * factor
+            for name in _TENSORS
+            if name != "energy"
+        }
         known = self.diagnostics
         mcse = {"mcse": known["mcse"] * factor} if "mcse" in known else {}
         return replace(self, **images, diagnostics=known | mcse)
@@ -187,15 +190,17 @@ class Posterior:
                 f"magnitudes need samples of complex images [N, 2, H, W]; got images {tuple(self.mean.shape)}"
                 + ("" if self.samples is not None else ", and no samples")
             )
-        known = {key: self.diagnostics[key] for key in ("ess_pooled", "lineages") if key in self.diagnostics}
+        kept = ("ess_pooled", "lineages")
+        known: dict[str, Any] = {key: self.diagnostics[key] for key in kept if key in self.diagnostics}
         moduli = Posterior.from_samples(
             self.samples.norm(dim=1, keepdim=True), energy=self.energy, nfe=self.nfe, diagnostics=known,
             settings=self.settings,
         )  # fmt: skip
-        images = {"map_image": self.map_image, "truth": self.truth}
-        return replace(
-            moduli, **{n: None if i is None else i.norm(dim=0, keepdim=True) for n, i in images.items()}
-        )
+        images: dict[str, Any] = {
+            name: None if (image := getattr(self, name)) is None else image.norm(dim=0, keepdim=True)
+            for name in ("map_image", "truth")
+        }
+        return replace(moduli, **images)
 
     def quantile(self, q: float | Sequence[float]) -> Tensor:
         """Sample quantiles per pixel: [C, H, W] for one q, [Q, C, H, W] for several.

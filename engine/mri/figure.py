@@ -138,7 +138,7 @@ def _draw(rows: list[list[_Panel]], box: tuple[int, int, int], title: str, foote
                 cax=place(left + 0.1, down + tall + 0.07, _PANEL - 0.2, 0.07),
                 orientation="horizontal",
             )
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
             bar.locator = MaxNLocator(4)
             bar.ax.tick_params(labelsize=7, color=_FAINT, labelcolor=_FAINT, length=2)
     figure.text(_GAP / wide, 1 - 0.26 / high, title, fontsize=11.5, color=_INK)

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alpenglow._version import __version__
-from alpenglow.api import find_map, sample
+from alpenglow.api import find_map
 from alpenglow.io.coil_maps import open_coil_maps
 from alpenglow.io.files import atomic_path
 from alpenglow.io.kspace import KSpace
@@ -23,10 +25,17 @@ from alpenglow.mri.slices import CoilNoise, SliceProblem, find_noise, prepare_sl
 from alpenglow.mri.volumes import window_of, write_volumes
 from alpenglow.posterior import Posterior
 from alpenglow.priors.protocol import Prior
+from alpenglow.scheduler.handle import Handle
+from alpenglow.scheduler.request import Request, make_request
+from alpenglow.scheduler.scheduler import Scheduler
 
 RECORD = "scan.json"
 _FREE = ("input", "output", "slices", "device")
 """Fields of a job that may change while a run goes on: none of them makes another slice."""
+
+TOGETHER = 4
+"""Slices whose chains run at once: enough to fill batches, few enough to hold their coil maps in memory."""
+_LOOK = 0.2  # seconds between looks at the progress
 
 Progress = Callable[[float], None]
 
@@ -79,21 +88,19 @@ def reconstruct_scan(job: ScanJob, *, progress: Progress = lambda share: None) -
     scan = open_scan(job)
     chosen = job.chosen(len(scan.kspace))
     missing = [index for index in chosen if not _path(job, index).is_file()]
-    record = _record(scan, chosen[0])
+    record = _record(scan)
     _check_record(job, record)
-    found = len(chosen) - len(missing)
-    for number, index in enumerate(missing):
-        problem = scan.problem(index)
-        if number == 0:  # what is wrong with the input has shown by now
-            _write_record(job, record)
-
-        def report(share: float, before: int = found + number) -> None:
-            progress((before + share) / len(chosen))
-
-        _save(scan, index, _solve(scan, problem, index, report))
+    if missing:
+        first = _ask(scan, missing[0])  # what is wrong with the input shows here
+        _write_record(job, record)
+        found = len(chosen) - len(missing)
+        report = _share_of(progress, found, len(chosen))
+        for index, posterior in _posteriors(scan, missing, first, report):
+            _save(scan, index, posterior)
     window = window_of(scan.kspace, scan.grid, chosen[0])
     posteriors = (Posterior.load(_path(job, index)) for index in chosen)
-    return ScanResult(write_volumes(job.output, posteriors, window), len(missing), found, scan.noise)
+    volumes = write_volumes(job.output, posteriors, window)
+    return ScanResult(volumes, len(missing), len(chosen) - len(missing), scan.noise)
 
 
 def open_scan(job: ScanJob) -> Scan:
@@ -125,22 +132,57 @@ def _fitted(prior: Any, grid: Grid) -> Prior:
     return prior.for_images(*grid.size)
 
 
-def _solve(scan: Scan, problem: SliceProblem, index: int, progress: Progress) -> Posterior:
-    """The posterior of a slice, in the units of the file."""
-    job = scan.job
-    posterior = sample(
+def _ask(scan: Scan, index: int) -> tuple[SliceProblem, Request]:
+    """Slice `index` as a problem, and the request for its samples."""
+    job, problem = scan.job, scan.problem(index)
+    options: dict[str, Any] = {} if job.nfe is None else {"nfe": job.nfe}
+    request = make_request(
         scan.prior, problem.operator, problem.y, noise_std=problem.noise_std, num_samples=job.num_samples,
-        method=job.method, seed=job.seed + index, progress=progress,
-        **({} if job.nfe is None else {"nfe": job.nfe}),
+        method=job.method, seed=job.seed + index, name=f"slice {index}", **options,
     )  # fmt: skip
-    if job.map:
+    return problem, request
+
+
+def _posteriors(
+    scan: Scan, indices: list[int], first: tuple[SliceProblem, Request], progress: Progress
+) -> Iterator[tuple[int, Posterior]]:
+    """Slices in order, with their posteriors in the units of the file; chains of several share batches.
+
+    first: of the first slice, as `_ask` returns it. progress: called with the slices that are done, counting
+    shares of those on the way.
+    """
+    ahead = deque(indices)
+    running: deque[tuple[int, SliceProblem, Handle]] = deque()
+    done = 0
+    with Scheduler() as scheduler:
+        while ahead or running:
+            while ahead and len(running) < TOGETHER:
+                index = ahead.popleft()
+                problem, request = first if index == indices[0] else _ask(scan, index)
+                running.append((index, problem, scheduler.submit_request(request)))
+            index, problem, handle = running.popleft()
+            while not handle.done():
+                time.sleep(_LOOK)
+                progress(done + handle.share + sum(other.share for _, _, other in running))
+            yield index, _finish(scan, problem, index, handle.result())
+            done += 1
+
+
+def _finish(scan: Scan, problem: SliceProblem, index: int, posterior: Posterior) -> Posterior:
+    """The posterior of a slice with its MAP image and its record, in the units of the file."""
+    if scan.job.map:
         estimate = find_map(scan.single, problem.operator, problem.y, noise_std=problem.noise_std)
         posterior = posterior.with_map(estimate.image)
     posterior.settings["scan"] = {
         "source": scan.kspace.source, "slice": index, "scale": problem.scale,
-        "noise_std": scan.noise.noise_std, "noise": scan.noise.source, "maps": job.maps,
+        "noise_std": scan.noise.noise_std, "noise": scan.noise.source, "maps": scan.job.maps,
     }  # fmt: skip
     return posterior.scaled(problem.scale)
+
+
+def _share_of(progress: Progress, found: int, count: int) -> Progress:
+    """Takes slices done now to a share of all `count`, of which `found` were there."""
+    return lambda done: progress((found + done) / count)
 
 
 def _path(job: ScanJob, index: int) -> Path:
@@ -153,9 +195,9 @@ def _save(scan: Scan, index: int, posterior: Posterior) -> None:
     posterior.save(path)  # last: with it the slice counts as done
 
 
-def _record(scan: Scan, first: int) -> dict[str, Any]:
+def _record(scan: Scan) -> dict[str, Any]:
     """How slices are made, JSON-able: equal records, equal slices."""
-    digest = hashlib.sha256(scan.kspace[first].numpy(force=True).tobytes()).hexdigest()
+    digest = hashlib.sha256(scan.kspace[0].numpy(force=True).tobytes()).hexdigest()
     return {
         "alpenglow": __version__,
         "job": scan.job.model_dump(mode="json", exclude=set(_FREE)),
