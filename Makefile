@@ -6,7 +6,7 @@ VENV := .venv
 # Written last, so that an install that was interrupted is taken up again.
 STAMP := $(VENV)/.installed
 CODE := engine kernels export tests $(wildcard benchmarks) setup.py
-SUITES := $(wildcard benchmarks/test_*.py benchmarks/bench_*.py)
+SUITES := $(wildcard benchmarks/bench_*.py)
 TYPES := build/types
 
 # A plain torch brings gigabytes of CUDA, which only a machine with an NVIDIA driver can use.
@@ -14,7 +14,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 
 PYTHON_HERE := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo test lint types data bench gpu-check kernel-table clean
+.PHONY: help demo test lint types data bench bench-compare gpu-check kernel-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,7 +23,8 @@ help:
 	@echo "make lint    ruff: check and format"
 	@echo "make types   mypy on the package"
 	@echo "make data    the images that the zoo's priors were trained on, in data/"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks, ours beside the published way; JSON=FILE keeps the figures"
+	@echo "make bench-compare BASE=COMMIT  the benchmarks of a commit and of the working tree; K=EXPRESSION: which"
 	@echo "make gpu-check  tests and times the kernels on this machine's CUDA GPU; installs nothing"
 	@echo "make kernel-table  compiles every kernel for GPUs that are not here: docs/kernels-compiled.md"
 	@echo "make clean   removes the virtual environment and what was built, keeps data, runs and demo"
@@ -45,11 +46,11 @@ types: $(STAMP)
 	$(VENV)/bin/mypy -p alpenglow
 
 bench: $(STAMP)
-ifeq ($(SUITES),)
-	@echo "benchmarks/ holds no suite yet (test_*.py or bench_*.py)"
-else
-	$(VENV)/bin/pytest --benchmark-only $(SUITES)
-endif
+	$(VENV)/bin/pytest --benchmark-only $(if $(JSON),--benchmark-json=$(JSON)) $(SUITES)
+
+bench-compare: $(STAMP)
+	@test -n "$(BASE)" || { echo "make bench-compare BASE=COMMIT, for example BASE=HEAD~1" >&2; exit 1; }
+	$(VENV)/bin/python -m benchmarks.compare "$(BASE)" $(if $(K),-k "$(K)")
 
 # On a GPU machine torch is already there, and there may be no network: the Python that runs it is the user's
 # (PYTHON=...), or that of .venv where there is one. The tree is laid out as the package by links.

@@ -22,7 +22,7 @@ import torch
 from alpenglow.kernels import cg_update, group_norm_silu, pixel_step, sense, spectral_step
 from alpenglow.kernels.triton_support import AVAILABLE
 from alpenglow.priors.network import NetworkPrior
-from benchmarks.gradients import EDM_64, gradient_table, random_prior
+from benchmarks.gradients import EDM_64, backends, gradient_table, random_prior
 from benchmarks.kernel_cases import COMPILABLE, FAMILIES, Case, pixel_cases
 
 TESTS = [
@@ -136,7 +136,7 @@ def report(device: str, batch: int, size: int) -> str:
             print(lines[-1], flush=True)
     if device == "cuda":
         prior = random_prior(EDM_64, "cuda", "float16", batch, 64)
-        lines += ["", iteration_share(prior), "", *gradient_table(prior)]
+        lines += ["", iteration_share(prior), "", *gradient_table(prior, backends(prior))]
     return "\n".join(lines) + "\n"
 
 

@@ -4,17 +4,17 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from alpenglow.export.prior import on_torch_backend
+from alpenglow.export.prior import load_bundle, on_torch_backend
+from alpenglow.export.runtimes import runtime_names
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.priors.network import NetworkPrior, Precision
-
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from benchmarks.published import Evaluate
 
 EDM_64: dict[str, Any] = {
     "img_resolution": 64, "in_channels": 3, "out_channels": 3, "model_channels": 128,
@@ -54,27 +54,24 @@ def backends(prior: NetworkPrior) -> dict[str, Evaluate]:
     if prior.device.type == "cuda":
         found["cuda-graph"] = on_torch_backend(prior, "cuda-graph").run
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        found |= _of_bundle(prior)
+        from alpenglow.export.bundle import export_bundle
+
+        plain = NetworkPrior(_float32(prior), prior.image_shape, name=prior.name)
+        precision: Precision = "float16" if prior.compute_dtype == torch.float16 else "float32"
+        with tempfile.TemporaryDirectory() as folder:
+            export_bundle(plain, folder, precision=precision)
+            found |= runtimes(Path(folder), prior.device, prior.batch_size)
     return found
 
 
-def _of_bundle(prior: NetworkPrior) -> dict[str, Evaluate]:
-    from alpenglow.export.bundle import export_bundle
-    from alpenglow.export.prior import load_bundle
-    from alpenglow.export.runtimes import runtime_names
-
-    plain = NetworkPrior(_float32(prior), prior.image_shape, name=prior.name)
-    precision: Precision = "float16" if prior.compute_dtype == torch.float16 else "float32"
+def runtimes(bundle: Path, device: torch.device, batch_size: int) -> dict[str, Evaluate]:
+    """A bundle on every installed runtime that can run it on `device`; what the others say is printed."""
     found: dict[str, Evaluate] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        export_bundle(plain, folder, precision=precision)
-        for name in runtime_names(installed=True):
-            try:
-                loaded = load_bundle(folder, backend=name, device=prior.device, batch_size=prior.batch_size)
-            except (ValueError, RuntimeError) as error:
-                print(f"{name}: {error}")
-                continue
-            found[name] = loaded.run
+    for name in runtime_names(installed=True):
+        try:
+            found[name] = load_bundle(bundle, backend=name, device=device, batch_size=batch_size).run
+        except (ValueError, RuntimeError) as error:
+            print(f"{name}: {error}")
     return found
 
 
@@ -85,8 +82,8 @@ def _float32(prior: NetworkPrior) -> EDMDenoiser:
     return plain
 
 
-def gradient_table(prior: NetworkPrior) -> list[str]:
-    """Markdown: milliseconds a batch, gradients a second, and model FLOP utilisation."""
+def gradient_table(prior: NetworkPrior, found: dict[str, Evaluate]) -> list[str]:
+    """Markdown of `backends(prior)`: milliseconds a batch, gradients a second, model FLOP utilisation."""
     device, batch = prior.device.type, prior.batch_size
     dtype = prior.compute_dtype or prior.dtype
     peak, flops = peak_flops(device, dtype), flops_an_image(prior) * batch
@@ -99,7 +96,7 @@ def gradient_table(prior: NetworkPrior) -> list[str]:
     ]
     x = torch.randn(batch, *prior.image_shape, device=prior.device)
     sigma = torch.full((batch,), 0.5, device=prior.device)
-    for name, evaluate in backends(prior).items():
+    for name, evaluate in found.items():
         seconds = _seconds(lambda: evaluate(x, sigma), device)  # noqa: B023 (called at once)
         lines.append(
             f"| {name} | {1e3 * seconds:.2f} | {batch / seconds:.0f} | {flops / seconds / peak:.0%} |"

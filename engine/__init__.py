@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from alpenglow.loading import load_prior
     from alpenglow.posterior import Posterior
     from alpenglow.samplers.map_estimate import MapEstimate
+    from alpenglow.scheduler import Scheduler
 
 __all__ = [
     "MapEstimate",
     "Posterior",
+    "Scheduler",
     "__version__",
     "find_map",
     "load_prior",
@@ -28,6 +30,7 @@ __all__ = [
 _HOMES = {
     "MapEstimate": "alpenglow.samplers.map_estimate",
     "Posterior": "alpenglow.posterior",
+    "Scheduler": "alpenglow.scheduler",
     "find_map": "alpenglow.api",
     "load_prior": "alpenglow.loading",
     "sample": "alpenglow.api",

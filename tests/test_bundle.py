@@ -1,6 +1,7 @@
 """Bundles: what an export writes, what loading one refuses, and the runtimes against the torch prior."""
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import silu
 
 import alpenglow as ag
 from alpenglow.cli import app
@@ -17,12 +20,16 @@ from alpenglow.console import DEBUG
 from alpenglow.export.bundle import MODEL, export_bundle
 from alpenglow.export.manifest import MANIFEST, Engine, read_manifest, sha256
 from alpenglow.export.model_repository import write_model_repository
-from alpenglow.export.prior import BundlePrior, load_bundle
+from alpenglow.export.prior import BundlePrior, load_bundle, on_torch_backend
 from alpenglow.export.runtimes.base import Bundle
 from alpenglow.export.tensorrt_engine import add_engine, library, profile_for, profiles_of
+from alpenglow.networks.denoiser import EDMDenoiser
+from alpenglow.networks.layers import Conv2d, Linear
 from alpenglow.priors.loading import zoo_names
 from alpenglow.priors.network import NetworkPrior, Precision
-from tests.tiny import random_denoiser
+from benchmarks.backends import cpu_runtimes, in_rotation
+from benchmarks.gradients import backends, flops_an_image, gradient_table, random_prior, runtimes
+from tests.tiny import NETWORK, random_denoiser, randomise
 
 for needed in ("onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
@@ -185,13 +192,33 @@ def test_weights_run_on_torch_alone() -> None:
     assert isinstance(ag.load_prior("fashion-28", backend="torch"), NetworkPrior)
 
 
+class TwoConvolutions(nn.Module):
+    """A network of a few compiled kernels: of the smallest UNet's thirty, each takes inductor seconds."""
+
+    in_channels, label_dim, size_multiple = 1, 0, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map_layer0 = Linear(1, 8)
+        self.stem, self.last = Conv2d(1, 8, 3), Conv2d(8, 1, 3)
+
+    def forward(
+        self, x: Tensor, noise_label: Tensor, class_label: None, augmentation: None, *, compute_dtype: None
+    ) -> Tensor:
+        shift = self.map_layer0(noise_label[:, None])[:, :, None, None]
+        return self.last(silu(self.stem(x) + shift))
+
+
 @pytest.mark.slow
-def test_torch_compiled(tmp_path: Path) -> None:
-    tiny_prior().save(tmp_path / "tiny.safetensors", dtype=torch.float32)
-    prior = ag.load_prior(tmp_path / "tiny.safetensors", backend="torch-compile", batch_size=2)
+def test_torch_compiled() -> None:
+    denoiser = EDMDenoiser(TwoConvolutions(), sigma_data=0.7)
+    randomise(denoiser)
+    prior = NetworkPrior(denoiser, (1, 8, 8), batch_size=2)
+    compiled = on_torch_backend(prior, "torch-compile")
+    assert compiled.backend == "torch-compile"
     x, sigma = inputs(3)
     torch.testing.assert_close(
-        prior.energy_and_grad(x, sigma), tiny_prior().energy_and_grad(x, sigma), rtol=1e-4, atol=1e-5
+        compiled.energy_and_grad(x, sigma), prior.energy_and_grad(x, sigma), rtol=1e-4, atol=1e-5
     )
 
 
@@ -290,6 +317,53 @@ def test_a_model_repository_is_of_the_servers_schema(exported: Path, tmp_path: P
         write_model_repository(
             Bundle.open(exported), tmp_path, engine=named.model_copy(update={"flavour": "tensorrt-rtx"})
         )
+
+
+# What benchmarks/ times: every way gives the same gradient
+
+
+@pytest.mark.slow
+def test_the_table_of_gradients(exported: Path) -> None:
+    """As `make gpu-check` makes it, here on the CPU."""
+    prior = tiny_prior()
+    found = {"torch": prior.run} | runtimes(exported, prior.device, prior.batch_size)
+    assert set(found) == {"torch", *cpu_runtimes()} - {"auto"}
+    x, sigma = inputs(prior.batch_size)
+    for evaluate in found.values():
+        torch.testing.assert_close(evaluate(x, sigma)[1], prior.run(x, sigma)[1], rtol=1e-4, atol=1e-5)
+    lines = gradient_table(prior, found)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[0] for row in rows] == list(found)
+    flops = float(re.search(r"([\d.]+) GFLOP an image", lines[0])[1]) * 1e9  # type: ignore[index]
+    assert flops == pytest.approx(flops_an_image(prior), abs=5e6)
+    for _, milliseconds, rate, _ in rows:
+        assert float(milliseconds) * float(rate) == pytest.approx(1e3 * prior.batch_size, rel=0.2)
+
+
+def test_flops_of_a_gradient() -> None:
+    """Of one convolution C -> C with k x k taps over H x W: 2 C^2 k^2 H W, and as much for its adjoint."""
+    prior = NetworkPrior(EDMDenoiser(TwoConvolutions()), (1, 8, 8))
+    convolutions = 2 * (8 * 9 * 64) * 2
+    embedding = 2 * 8
+    assert flops_an_image(prior) == 2 * (convolutions + embedding)
+
+
+def test_backends_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the ONNX packages there is torch alone."""
+    monkeypatch.setattr("benchmarks.gradients.importlib.util.find_spec", lambda name: None)
+    prior = random_prior(NETWORK, "cpu", "float32", 2, 4)
+    assert list(backends(prior)) == ["torch"]
+
+
+def test_rotation() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def run(name: str) -> None:
+        calls[name] += 1
+
+    times = in_rotation({name: lambda name=name: run(name) for name in calls}, seconds=0, turns=3)  # type: ignore[misc]
+    assert calls == {"a": 4, "b": 4}  # and a first call that is not counted
+    assert all(seconds >= 0 for seconds in times.values())
 
 
 # TensorRT. For RTX it builds without a GPU; no engine can run here

@@ -12,6 +12,7 @@ from alpenglow.operators import SenseMRI, count_iterations
 from alpenglow.operators.sense_preconditioners import Circulant, LineBlocks, line_axis
 from alpenglow.priors.mixture import GaussianPrior, smooth_covariance
 from alpenglow.samplers import alps
+from alpenglow.samplers.chains import drive
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 MASKS = {
@@ -264,13 +265,13 @@ def bed(kind: str) -> tuple[GaussianPrior, SenseMRI, Tensor, float]:
 def test_alps_draws_the_published_noise() -> None:
     prior, operator, y, noise_std = bed("points")
     noise, options = Noise(5, torch.arange(3)), alps.AlpsOptions(levels=2, steps=2, sigma_max=2.0)
-    samples, _ = alps.sample(Problem(prior, operator, y, noise_std), noise, options)
-    x = 2.0 * noise.at(0)((2, 8, 8))
     problem = Problem(prior, operator, y, noise_std)
+    samples = drive(alps.chains(problem, noise, options), problem).samples
+    x = 2.0 * noise.at(0)((2, 8, 8))
     sampling = ag.operators.FourierSampling(operator.mask)
     for step, level in enumerate((2.0, 2.0, 0.1, 0.1), start=1):
         sigma = levels_of(level, 3, x)
-        x = problem.conditional_mean(x - problem.energy_and_grad(x, sigma)[1], sigma)
+        x = problem.conditional_mean(x - prior.energy_and_grad(x, sigma)[1], sigma)
         if step in (1, 3):
             x = x + sampling.draw(noise.at(step), (2, 8, 8), sigma, noise_std)
     torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-4)

@@ -4,8 +4,10 @@ A record is {name: Tensor | None}, diagnostics and settings. Any HDF5 reader ope
 gzip-compressed with checksums, the rest is JSON text.
 """
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,76 @@ def _write_array(group: h5py.Group, name: str, array: np.ndarray) -> None:
     group.create_dataset(name, data=array, **(options if array.ndim else {}))
 
 
+class _Target(io.FileIO):
+    """A new file that seems to take every write; the first error is kept in `error`.
+
+    Where a write fails, as on a full disk, HDF5 does not give up: it tries again at closing, and then crashes
+    the process (segmentation fault, HDF5 1.14).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+b")
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of it."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        with self._kept():
+            while len(rest):
+                rest = rest[super().write(rest) :]
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or lengthen the file."""
+        with self._kept():
+            return super().truncate(size)
+        return size or 0
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file; OSError where the disk refuses."""
+    with _Target(path) as target:
+        try:
+            with h5py.File(target, "w") as file:
+                yield file
+        except Exception as error:
+            raise target.error or error from None
+        if target.error is not None:
+            raise target.error
+
+
+def _write_blocks(group: h5py.Group, name: str, blocks: Iterable[Tensor]) -> None:
+    """A dataset of blocks [n, ...] one after another, of which one is in memory at a time."""
+    dataset = None
+    for block in blocks:
+        array = block.numpy()
+        if dataset is None:
+            dataset = group.create_dataset(
+                name, data=array, maxshape=(None, *array.shape[1:]), chunks=(1, *array.shape[1:]),
+                compression="gzip", compression_opts=1, shuffle=True, fletcher32=True,
+            )  # fmt: skip
+        else:
+            dataset.resize(len(dataset) + len(array), axis=0)
+            dataset[-len(array) :] = array
+
+
 def write_result(
     path: str | Path,
     tensors: Mapping[str, Tensor | None],
     diagnostics: Mapping[str, Any],
     settings: Mapping[str, Any],
+    blocks: Mapping[str, Iterable[Tensor]] | None = None,
 ) -> None:
-    """Write a record to an HDF5 file, atomically.
+    """Write a record to an HDF5 file, atomically; blocks: further tensors, part by part along the first axis.
 
     Arrays among the diagnostics become datasets of the group "diagnostics"; its other values, and the
     settings, must be JSON-able. Raises ValueError where they are not; a file that was at `path` then stays as
@@ -51,13 +116,15 @@ def write_result(
         raise ValueError(
             f"diagnostics and settings must be arrays, numbers, text, lists or dicts: {error}"
         ) from error
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, _new_file(temporary) as file:
         file.attrs["format"] = FORMAT
         file.attrs["schema_version"] = SCHEMA_VERSION
         file.attrs["alpenglow_version"] = __version__
         for name, tensor in tensors.items():
             if tensor is not None:
                 _write_array(file, name, tensor.detach().cpu().numpy())
+        for name, parts in (blocks or {}).items():
+            _write_blocks(file, name, parts)
         file["settings"] = text
         group = file.create_group("diagnostics")
         for name, array in arrays.items():

@@ -1,5 +1,8 @@
 """Priors that evaluate images in batches of one size, whatever the caller's batch is."""
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,12 @@ class BatchedPrior:
     def batch_size(self) -> int:
         """Images that the network sees at once. Default: 16 on CPU, 64 on a GPU."""
         return self._batch_size or (16 if self.device.type == "cpu" else 64)
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """The same prior (weights are shared) with another batch of the network, and so other last bits."""
+        other = copy.copy(self)
+        other._batch_size = batch_size
+        return other
 
     def run(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """E [B] and G [B, C, H, W] at contiguous x, sigma of `dtype`, B = batch_size, unchecked."""

@@ -1,12 +1,12 @@
 """ALPS as published (arXiv 2601.02594), step by step, faults included (DESIGN 2)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alpenglow.kernels.step_weights import StepWeights
+from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 
@@ -22,7 +22,7 @@ class AlpsOptions:
 
     @property
     def nfe(self) -> int:
-        """Energy-gradient evaluations a sample."""
+        """Gradient evaluations a sample."""
         return self.levels * self.steps
 
 
@@ -33,25 +33,21 @@ def schedule(options: AlpsOptions) -> list[float]:
     return [(high + i / max(1, count - 1) * (low - high)) ** options.rho for i in range(count)]
 
 
-def step(problem: Problem, z: Tensor, sigma: Tensor, counters: Tensor | None) -> tuple[Tensor, Tensor]:
+def step(
+    problem: Problem, z: Tensor, sigma: Tensor, counters: Tensor | None
+) -> Chains[tuple[Tensor, Tensor]]:
     """x' = P (A^T y / eta^2 + D(x) / sigma^2) + P^(1/2) n; returns x' and the energy E(x, sigma) [B].
 
     z: x [B, C, H, W] in the operator's basis, as is x'; sigma [B]; counters: of the noise n [B, 4], or None
     at the last step of a level. B NFE.
     """
-    energy, grad = problem.energy_and_grad(problem.from_basis(z), sigma)
+    energy, grad = yield Evaluate(problem.from_basis(z), sigma)
     weights = StepWeights(z_pull=1.0, z_w=1.0)
     return problem.step(z, None, grad, sigma, weights, counters).z, energy
 
 
-def sample(
-    problem: Problem, noise: Noise, options: AlpsOptions, progress: Callable[[int], None] = lambda nfe: None
-) -> tuple[Tensor, Tensor]:
-    """Final samples [N, C, H, W] of the chains noise.chain_ids [N], and their last energies [N].
-
-    Chains start at sigma_max times standard normals. `progress` gets the NFE of each step, all chains
-    together.
-    """
+def chains(problem: Problem, noise: Noise, options: AlpsOptions) -> Chains[Population]:
+    """One sample for each chain of `noise`; chains start at sigma_max times standard normals."""
     problem = replace(problem, operator=problem.operator.with_published_noise())
     count = len(noise.chain_ids)
     x = options.sigma_max * noise.at(0, problem.dtype)(problem.image_shape)
@@ -63,6 +59,5 @@ def sample(
         for inner in range(options.steps):
             iteration += 1
             last = inner == options.steps - 1
-            z, energy = step(problem, z, sigma, None if last else noise.counters(iteration))
-            progress(count)
-    return problem.from_basis(z), energy
+            z, energy = yield from step(problem, z, sigma, None if last else noise.counters(iteration))
+    return Population(problem.from_basis(z), energy)

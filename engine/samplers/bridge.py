@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpenglow.samplers.chains import Chains, Evaluate
 from alpenglow.samplers.problem import Problem, levels_of
 
 FOLDS = 4
@@ -47,20 +48,17 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class LogMasses:
-    """Log mass [K] of each mode up to a common constant, its variance [K], both float64, and NFE spent.
+    """Log mass [K] of each mode up to a common constant, and its variance [K], both float64.
 
     A mode has infinite variance where its particles are too few to tell.
     """
 
     value: Tensor
     variance: Tensor
-    evaluations: int
 
 
-def log_posterior(problem: Problem, x: Tensor, sigma: float, energy: Tensor | None = None) -> Tensor:
-    """log p_sigma(x | y) up to a constant, [N] float64 on the CPU; N NFE where no energy [N] is given."""
-    if energy is None:
-        energy, _ = problem.energy_and_grad(x, levels_of(sigma, len(x), x))
+def log_posterior(problem: Problem, x: Tensor, sigma: float, energy: Tensor) -> Tensor:
+    """log p_sigma(x | y) up to a constant, [N] float64 on the CPU; energy [N]: E(x, sigma)."""
     return -problem.potential(x, energy, torch.tensor(sigma, dtype=torch.float64)).cpu()
 
 
@@ -128,7 +126,7 @@ def log_masses(
     labels: Tensor,
     families: Tensor,
     normals: Iterable[Tensor],
-) -> LogMasses:
+) -> Chains[LogMasses]:
     """The log mass of each mode from particles x [N, C, H, W], equally weighted; K = labels.max() + 1 modes.
 
     density [N]: log p at x and level sigma up to a constant, float64, on the CPU; labels [N]: mode of each,
@@ -138,7 +136,7 @@ def log_masses(
     modes, dimension = int(labels.max()) + 1, x[0].numel()
     unknown = torch.full((modes,), torch.inf, dtype=torch.float64)
     if dimension > DIMENSIONS * math.sqrt(len(x)):
-        return LogMasses(torch.zeros_like(unknown), unknown, 0)
+        return LogMasses(torch.zeros_like(unknown), unknown)
     images = x.double().flatten(1).cpu()
     fold = families.unique(return_inverse=True)[1].cpu() % FOLDS
     sizes = torch.bincount(labels.clamp(min=0) * FOLDS + fold, labels >= 0, modes * FOLDS).reshape(-1, FOLDS)
@@ -147,11 +145,11 @@ def log_masses(
     try:
         fits = _fit_folds(images, labels, fold, usable)
     except torch.linalg.LinAlgError:
-        return LogMasses(torch.zeros_like(unknown), unknown, 0)
+        return LogMasses(torch.zeros_like(unknown), unknown)
     at_particles = torch.zeros_like(density)
     for ours, gaussian in fits:
         at_particles[ours] = density[ours] - gaussian.log_density(images[ours])
-    at_draws, evaluations = [], 0
+    at_draws = []
     for normal in normals:
         drawn = normal.double().flatten(1).cpu()
         log_density = torch.zeros_like(density)
@@ -159,15 +157,15 @@ def log_masses(
             drawn[ours] = gaussian.draw(drawn[ours])
             log_density[ours] = gaussian.log_density(drawn[ours])
         image = drawn.to(x).reshape(x.shape)
-        at_draws.append(log_posterior(problem, image, sigma) - log_density)
-        evaluations += len(x)
+        energy, _ = yield Evaluate(image, levels_of(sigma, len(x), x))
+        at_draws.append(log_posterior(problem, image, sigma, energy) - log_density)
     estimate, variance = torch.zeros_like(unknown), unknown
     for mode in usable.nonzero().flatten().tolist():
         ours = labels == mode
         # One equation for all folds: each Gaussian is normalised.
         draws = torch.cat([log_ratio[ours] for log_ratio in at_draws])
         estimate[mode], variance[mode] = acceptance_ratio(at_particles[ours], draws)
-    return LogMasses(estimate, variance, evaluations)
+    return LogMasses(estimate, variance)
 
 
 def _fit_folds(images: Tensor, labels: Tensor, fold: Tensor, usable: Tensor) -> list[tuple[Tensor, Gaussian]]:

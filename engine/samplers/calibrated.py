@@ -5,7 +5,7 @@ Where the population parts into modes, particle weights keep their masses right 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alpenglow.kernels.philox import uniforms
 from alpenglow.samplers import kinetic, mode_weights
+from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 
 PILOT_CHAINS = 32
@@ -54,28 +55,48 @@ class CalibratedOptions:
 class Path:
     """Chains at the end of their levels.
 
-    x [N, C, H, W]; energy [N] at the last level; ancestors [N]: founding chain of each; evaluations: NFE of
-    all chains together; diverged [N] bool.
+    x [N, C, H, W]; energy [N] at the last level; ancestors [N]: founding chain of each; diverged [N] bool.
     """
 
     x: Tensor
     energy: Tensor
     ancestors: Tensor
-    evaluations: int
     diverged: Tensor
     weights: mode_weights.ModeWeights
     resamplings: int = 0
 
 
 @dataclass(frozen=True)
-class CalibratedResult:
-    """Samples [N, C, H, W], last energies [N], founding chains [N], NFE a sample, and what happened."""
+class CalibratedPlan:
+    """What a request's populations share, found by its pilot.
 
-    samples: Tensor
-    energy: Tensor
-    ancestors: Tensor
-    nfe: float
-    diagnostics: dict[str, Any] = field(default_factory=dict)
+    spread: posterior std along the first principal component; crowding: see `crowding`.
+    """
+
+    options: CalibratedOptions
+    spread: float
+    crowding: float
+
+    @property
+    def sigma_max(self) -> float:
+        """First level: the posterior there is half noise along its widest direction."""
+        low, high = self.options.sigma_range
+        return min(max(2 * self.spread, low), high)
+
+    @property
+    def parted(self) -> bool:
+        """Whether the pilot's chains ended in separate modes."""
+        return self.crowding <= CLUMPED
+
+    @property
+    def step_size(self) -> float:
+        """h of the kinetic step."""
+        chosen, modal = self.options.step_size, self.options.modal_step_size
+        return min(chosen, modal) if self.parted else chosen
+
+    def memory(self, sigma: float) -> float:
+        """Share of the momentum that survives a step at level sigma."""
+        return min(self.options.memory_limit, kinetic.memory(self.step_size, sigma, self.spread))
 
 
 def anneal(
@@ -86,8 +107,7 @@ def anneal(
     step_size: float,
     memory: Callable[[float], float],
     weigh: bool,
-    progress: Callable[[int], None] = lambda nfe: None,
-) -> Path:
+) -> Chains[Path]:
     """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
 
     Raises nothing: chains that diverge are held, and marked.
@@ -95,29 +115,26 @@ def anneal(
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0])
     ancestors = torch.arange(count, device=state.x.device)
-    evaluations = resamplings = 0
+    resamplings = 0
     looked_at = levels[0]
     for sigma in levels:
-        energy, grad = problem.energy_and_grad(state.x, levels_of(sigma, count, state.x))
-        evaluations += count
-        progress(count)
+        energy, grad = yield Evaluate(state.x, levels_of(sigma, count, state.x))
         # Diverged chains would be weighted away without a word: their population is to be run again.
         if weigh and sigma <= LOOK_RATIO * looked_at and not state.diverged.any():
             looked_at = sigma
-            weights = _weigh(problem, noise, state, (energy, grad), sigma, ancestors, draws=1)
-            evaluations += weights.evaluations
+            weights = yield from _weigh(problem, noise, state, (energy, grad), sigma, ancestors, draws=1)
             if mode_weights.effective_sample_size(weights) < LEAST_ESS * count:
                 parents = _parents(noise, state, weights)
                 state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
                 resamplings += 1
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma))
-    energy, grad = problem.energy_and_grad(state.x, levels_of(state.sigma, count, state.x))
-    evaluations += count
-    progress(count)
+    energy, grad = yield Evaluate(state.x, levels_of(state.sigma, count, state.x))
     weights = mode_weights.equal(count)
     if weigh and not state.diverged.any():
-        weights = _weigh(problem, noise, state, (energy, grad), state.sigma, ancestors, draws=LAST_DRAWS)
-        evaluations += weights.evaluations
+        evaluated = energy, grad
+        weights = yield from _weigh(
+            problem, noise, state, evaluated, state.sigma, ancestors, draws=LAST_DRAWS
+        )
         if mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
             parents = _parents(noise, state, weights)
             state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
@@ -125,7 +142,7 @@ def anneal(
             weights = replace(weights, labels=weights.labels[parents.cpu()])
             resamplings += 1
     x = kinetic.finish(problem, state, grad)
-    return Path(x, energy, ancestors, evaluations, state.diverged, weights, resamplings)
+    return Path(x, energy, ancestors, state.diverged, weights, resamplings)
 
 
 def _weigh(
@@ -137,12 +154,12 @@ def _weigh(
     ancestors: Tensor,
     *,
     draws: int,
-) -> mode_weights.ModeWeights:
+) -> Chains[mode_weights.ModeWeights]:
     # The chains' own noise of an iteration is draw 0 (and 1 at the start).
     normals = (
         noise.at(state.iteration, problem.dtype, draw=2 + i)(problem.image_shape) for i in range(draws)
     )
-    return mode_weights.weigh(problem, state.x, *evaluated, sigma, ancestors, normals)
+    return (yield from mode_weights.weigh(problem, state.x, *evaluated, sigma, ancestors, normals))
 
 
 def _parents(noise: Noise, state: kinetic.KineticState, weights: mode_weights.ModeWeights) -> Tensor:
@@ -182,70 +199,53 @@ def crowding(samples: Tensor) -> float:
     return (nearest / distance[others].median().clamp(min=1e-30)).item()
 
 
-def pilot(problem: Problem, seed: int, options: CalibratedOptions, device: torch.device) -> Path:
-    """A few chains over the whole range of levels, to find the spread of the posterior."""
-    ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=device)
+def _scout(
+    problem: Problem, noise: Noise, levels: list[float], step_size: float, memory: float
+) -> Chains[Path]:
+    return anneal(problem, noise, levels, step_size=step_size, memory=lambda sigma: memory, weigh=False)
+
+
+def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[CalibratedPlan]:
+    """The plan of a request, from a pilot: few chains over the whole range of levels.
+
+    A pilot that diverges is repeated without momentum. Raises RuntimeError when it diverges even so.
+    """
+    ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=problem.y.device)
     levels = geometric_levels(options.sigma_range[1], options.sigma_min, PILOT_STEPS - 1)
-    kept = min(0.5, options.memory_limit)
-    return anneal(
-        problem, Noise(seed, ids), levels, step_size=options.step_size, memory=lambda sigma: kept, weigh=False
-    )
+    for limit in dict.fromkeys((options.memory_limit, 0.0)):
+        scout = yield from _scout(problem, Noise(seed, ids), levels, options.step_size, min(0.5, limit))
+        settled = scout.x[~scout.diverged]
+        if len(settled) >= 2:
+            return CalibratedPlan(replace(options, memory_limit=limit), top_std(settled), crowding(settled))
+    raise RuntimeError(_DIVERGED.format(count=int(scout.diverged.sum()), total=len(scout.x), ids="pilot"))
 
 
-def sample(
-    problem: Problem,
-    noise: Noise,
-    options: CalibratedOptions,
-    progress: Callable[[int], None] = lambda nfe: None,
-) -> CalibratedResult:
+def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Population]:
     """One sample for each chain of `noise` (DESIGN 2, the measured recipe).
 
     Chains that diverge are run again without momentum. Raises RuntimeError when chains diverge even so.
     """
-    device = noise.chain_ids.device
-    scout = pilot(problem, noise.seed, options, device)
-    settled = scout.x[~scout.diverged]
-    if len(settled) < 2:
-        if options.memory_limit:
-            return sample(problem, noise, replace(options, memory_limit=0.0), progress)
-        raise RuntimeError(_DIVERGED.format(count=int(scout.diverged.sum()), total=len(scout.x), ids="pilot"))
-    spread = top_std(settled)
-    sigma_max = min(max(2 * spread, options.sigma_range[0]), options.sigma_range[1])
-    levels = geometric_levels(sigma_max, options.sigma_min, options.nfe - 1)
-    clumps = crowding(settled)
-    step_size = options.step_size if clumps > CLUMPED else min(options.step_size, options.modal_step_size)
-
-    def memory(sigma: float) -> float:
-        return min(options.memory_limit, kinetic.memory(step_size, sigma, spread))
-
-    path = anneal(
-        problem, noise, levels,
-        step_size=step_size, memory=memory, weigh=options.weigh, progress=progress,
-    )  # fmt: skip
-    evaluations = scout.evaluations + path.evaluations
+    options = plan.options
+    levels = geometric_levels(plan.sigma_max, options.sigma_min, options.nfe - 1)
+    path = yield from anneal(
+        problem, noise, levels, step_size=plan.step_size, memory=plan.memory, weigh=options.weigh
+    )
     broken = path.diverged
     if broken.any():
         # A population with weights is one unit; independent chains are repeated alone, so that the others
         # stay what they are.
-        together = options.weigh and (path.resamplings > 0 or clumps <= CLUMPED)
+        together = options.weigh and (path.resamplings > 0 or plan.parted)
         again = torch.ones_like(broken) if together else broken
         ids = noise.chain_ids[again]
-        repeated = anneal(
+        repeated = yield from anneal(
             problem, Noise(noise.seed, ids), levels,
-            step_size=step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
+            step_size=plan.step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
         )  # fmt: skip
-        evaluations += repeated.evaluations
         if repeated.diverged.any():
             lost = ids[repeated.diverged].tolist()
             raise RuntimeError(_DIVERGED.format(count=len(lost), total=len(noise.chain_ids), ids=lost[:5]))
         path = _merge(path, repeated, again)
-    return CalibratedResult(
-        path.x,
-        path.energy,
-        path.ancestors,
-        evaluations / len(path.x),
-        _diagnose(path, spread, sigma_max, broken) | {"pilot_crowding": clumps, "step_size": step_size},
-    )
+    return Population(path.x, path.energy, path.ancestors, _diagnose(path, plan, broken))
 
 
 _DIVERGED = (
@@ -263,19 +263,21 @@ def _merge(path: Path, repeated: Path, again: Tensor) -> Path:
     return replace(path, x=x, energy=energy)
 
 
-def _diagnose(path: Path, spread: float, sigma_max: float, broken: Tensor) -> dict[str, Any]:
+def _diagnose(path: Path, plan: CalibratedPlan, broken: Tensor) -> dict[str, Any]:
     """What the run says of itself; see `Posterior.diagnostics`."""
     weights = path.weights
     sizes = torch.bincount(weights.labels).tolist()
     # Of a particle; infinite where a mode that lives was not measured.
     error = weights.error[weights.labels].square().mean().sqrt().item()
     return {
-        "top_std": spread,
-        "sigma_max": sigma_max,
+        "top_std": plan.spread,
+        "sigma_max": plan.sigma_max,
         "modes": weights.modes,
         "mode_shares": [size / len(path.x) for size in sorted(sizes, reverse=True)],
         "mode_log_weight_error": error,
         "modes_measured": math.isfinite(error),
         "resamplings": path.resamplings,
         "diverged": int(broken.sum()),
+        "pilot_crowding": plan.crowding,
+        "step_size": plan.step_size,
     }

@@ -54,7 +54,7 @@ class MapOptions:
 
 def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
     """U and the majoriser's minimiser mu(x); 1 NFE."""
-    energy, grad = problem.energy_and_grad(x, sigma)
+    energy, grad = problem.prior.energy_and_grad(x, sigma)
     return problem.potential(x, energy, sigma).item(), problem.target(x, grad, sigma)
 
 
@@ -66,7 +66,7 @@ def find(
     x = torch.zeros(1, *problem.image_shape, dtype=problem.dtype, device=device)
     for level in geometric_levels(options.sigma_max, options.sigma, options.levels):
         sigma = levels_of(level, 1, x)
-        x = problem.target(x, problem.energy_and_grad(x, sigma)[1], sigma)
+        x = problem.target(x, problem.prior.energy_and_grad(x, sigma)[1], sigma)
         progress(1)
     sigma = levels_of(options.sigma, 1, x)
     value, target = _objective(problem, x, sigma)

@@ -5,7 +5,6 @@ flip of the momentum (Horowitz 1991). Without memory it is MALA preconditioned b
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from alpenglow.kernels.philox import uniforms
 from alpenglow.operators.base import per_image
+from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 
 TARGET_ACCEPTANCE = {False: 0.574, True: 0.8}
@@ -53,9 +53,9 @@ class MetropolisState:
     accepted: Tensor
 
 
-def _evaluate(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate(problem: Problem, x: Tensor, sigma: Tensor) -> Chains[tuple[Tensor, Tensor, Tensor]]:
     """U [B] float64, -P grad U [B, C, H, W] and E [B] at x; B NFE."""
-    energy, grad = problem.energy_and_grad(x, sigma)
+    energy, grad = yield Evaluate(x, sigma)
     return problem.potential(x, energy, sigma), problem.conditional_mean(x - grad, sigma) - x, energy
 
 
@@ -70,7 +70,7 @@ def _kinetic_energy(problem: Problem, u: Tensor, sigma: Tensor) -> Tensor:
 
 def step(
     problem: Problem, state: MetropolisState, sigma: Tensor, noise: Noise, iteration: int, memory: float
-) -> MetropolisState:
+) -> Chains[MetropolisState]:
     """One transition at levels sigma [B]; B NFE."""
     w = problem.draw(noise.at(iteration, problem.dtype), sigma)
     u = memory * state.u + math.sqrt(1 - memory**2) * w
@@ -78,7 +78,7 @@ def step(
     before = state.potential + _kinetic_energy(problem, u, sigma)
     half = u + h / 2 * state.pull
     x = state.x + h * half
-    potential, pull, energy = _evaluate(problem, x, sigma)
+    potential, pull, energy = yield from _evaluate(problem, x, sigma)
     moved = half + h / 2 * pull
     after = potential + _kinetic_energy(problem, moved, sigma)
     probability = (before - after).exp().clamp(max=1.0).nan_to_num(nan=0.0)
@@ -97,13 +97,8 @@ def step(
     )
 
 
-def sample(
-    problem: Problem,
-    noise: Noise,
-    options: MetropolisOptions,
-    progress: Callable[[int], None] = lambda nfe: None,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Samples [N, C, H, W], energies [N], mean acceptance [N] and NFE a sample."""
+def chains(problem: Problem, noise: Noise, options: MetropolisOptions) -> Chains[Population]:
+    """One sample for each chain of `noise`; diagnostics: the mean acceptance."""
     count = len(noise.chain_ids)
     levels = geometric_levels(
         options.sigma_max, options.sigma_min, max(1, options.nfe // (options.steps + 1))
@@ -117,12 +112,11 @@ def sample(
     iteration, previous = 0, levels[0]
     for level in levels:
         sigma = levels_of(level, count, x)
-        potential, pull, energy = _evaluate(problem, state.x, sigma)
+        potential, pull, energy = yield from _evaluate(problem, state.x, sigma)
         state = replace(state, u=state.u * (level / previous), potential=potential, pull=pull, energy=energy)
-        progress(count)
         for _ in range(options.steps):
             iteration += 1
-            state = step(problem, state, sigma, noise, iteration, options.memory)
-            progress(count)
+            state = yield from step(problem, state, sigma, noise, iteration, options.memory)
         previous = level
-    return state.x, state.energy, state.accepted / max(1, iteration), len(levels) * (options.steps + 1)
+    acceptance = (state.accepted / max(1, iteration)).mean().item()
+    return Population(state.x, state.energy, diagnostics={"acceptance": acceptance})

@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from alpenglow.samplers.bridge import log_masses, log_posterior
+from alpenglow.samplers.chains import Chains
 from alpenglow.samplers.problem import Problem
 
 NEIGHBOURS = 10
@@ -43,14 +44,12 @@ class ModeWeights:
     """Log-weights of a population of N particles.
 
     labels: mode of each particle [N] or LOST, int64, on the CPU. log_weight [K] float64: of the particles of
-    each mode. error [K]: standard error of each mode's log mass, infinite where it is not known. evaluations:
-    NFE that it took, of all particles together.
+    each mode. error [K]: standard error of each mode's log mass, infinite where it is not known.
     """
 
     labels: Tensor
     log_weight: Tensor
     error: Tensor
-    evaluations: int = 0
 
     @property
     def modes(self) -> int:
@@ -110,7 +109,7 @@ def weigh(
     sigma: float,
     families: Tensor,
     normals: Iterable[Tensor],
-) -> ModeWeights:
+) -> Chains[ModeWeights]:
     """Weights for equally weighted particles x [N, C, H, W] with (E, G) at level sigma.
 
     families [N] and normals: as in `bridge.log_masses`; no gradient is spent where there is one mode. Where
@@ -123,17 +122,19 @@ def weigh(
     lost = density < typical[labels] - depth
     if modes == 1 and not lost.any():
         return equal(len(x))
-    log_mass = log_masses(problem, x, density, sigma, labels.masked_fill(lost, LOST), families, normals)
+    log_mass = yield from log_masses(
+        problem, x, density, sigma, labels.masked_fill(lost, LOST), families, normals
+    )
     error = log_mass.variance.sqrt()
     known = error < LARGEST_ERROR
     if not known.any():  # then density tells nothing of particles either
-        return ModeWeights(labels, torch.zeros_like(error), error, log_mass.evaluations)
+        return ModeWeights(labels, torch.zeros_like(error), error)
     labels = labels.masked_fill(lost, LOST)
     share = torch.bincount(labels[~lost], minlength=modes).double() / len(labels)
     heaviest = log_mass.value.masked_fill(~known, -torch.inf).argmax()
     dead = ~known & (typical < typical[heaviest] - depth)
     log_weight = shrink(log_mass.value - share.log(), error, share).masked_fill(dead, -torch.inf)
-    return ModeWeights(labels, log_weight, error.masked_fill(dead, 0), log_mass.evaluations)
+    return ModeWeights(labels, log_weight, error.masked_fill(dead, 0))
 
 
 def shrink(log_weight: Tensor, error: Tensor, share: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from alpenglow.priors.protocol import Prior
 class Problem:
     """One posterior p(x | y), y = A x + n with n ~ N(0, noise_std^2) (DESIGN 1).
 
-    y: [1, *measurement_shape]; every tensor of a sampler lives on its device, in `dtype`. batch_size: images
-    whose gradient is evaluated at once, None for all.
+    y: [1, *measurement_shape]; every tensor of a sampler lives on its device, in `dtype`.
     """
 
     prior: Prior
@@ -26,20 +25,11 @@ class Problem:
     y: Tensor
     noise_std: float
     dtype: torch.dtype = torch.float32
-    batch_size: int | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.prior.image_shape
-
-    def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """E [B] and G [B, C, H, W] of the prior at x [B, C, H, W], sigma [B]; B NFE."""
-        if self.batch_size is None or len(x) <= self.batch_size:
-            return self.prior.energy_and_grad(x, sigma)
-        pairs = zip(x.split(self.batch_size), sigma.split(self.batch_size), strict=True)
-        energies, grads = zip(*(self.prior.energy_and_grad(*pair) for pair in pairs), strict=True)
-        return torch.cat(energies), torch.cat(grads)
 
     def conditional_mean(self, denoised: Tensor, sigma: Tensor) -> Tensor:
         """mu = P (A^T y / eta^2 + D / sigma^2) [B, C, H, W] for denoised images D (DESIGN 1)."""

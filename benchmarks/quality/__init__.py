@@ -1,0 +1,1 @@
+"""`alpenglow bench quality`: reconstructions of held-out images by our methods and by diffusion baselines."""

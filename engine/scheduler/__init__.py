@@ -1,0 +1,13 @@
+"""Many requests of many chains on one device: every network batch is filled from all of them.
+
+A request (request.py) runs as populations of chains (run.py), whose wishes for gradients
+(samplers/chains.py) one loop collects into batches and answers (core.py, lane.py). `Scheduler` (scheduler.py)
+puts that loop into a thread; `alpenglow.sample` drives it where it is called.
+"""
+
+from alpenglow.scheduler.errors import RequestTimeoutError, SamplingError
+from alpenglow.scheduler.handle import Handle
+from alpenglow.scheduler.metrics import Metrics, RequestMetrics
+from alpenglow.scheduler.scheduler import Scheduler
+
+__all__ = ["Handle", "Metrics", "RequestMetrics", "RequestTimeoutError", "SamplingError", "Scheduler"]

@@ -1,0 +1,17 @@
+"""How requests fail."""
+
+from alpenglow.posterior import Posterior
+
+
+class SamplingError(RuntimeError):
+    """A request that failed; `partial` holds what its finished populations gave, None where none was."""
+
+    partial: Posterior | None = None
+
+
+class RequestTimeoutError(SamplingError, TimeoutError):
+    """A request that its timeout ended."""
+
+
+class CheckpointError(ValueError):
+    """Finished chains on disk that are of another request, or damaged."""
