@@ -122,16 +122,16 @@ def run_suites(tree: Path, scratch: Path, arguments: list[str]) -> dict[str, Tim
 
 def compare(repository: Path, base: str, commit: str | None, arguments: list[str]) -> list[str]:
     """The table of two commits; None: the working tree."""
-    results = []
-    for name in (base, commit):
+
+    def run(name: str | None) -> dict[str, Timing]:
         with tempfile.TemporaryDirectory(prefix="alpenglow-bench-") as folder:
             scratch = Path(folder)
             if name is None:
-                results.append(run_suites(repository, scratch, arguments))
-            else:
-                with worktree(repository, name, scratch) as tree:
-                    results.append(run_suites(tree, scratch, arguments))
-    return table(*results, (base, commit or "working tree"))
+                return run_suites(repository, scratch, arguments)
+            with worktree(repository, name, scratch) as tree:
+                return run_suites(tree, scratch, arguments)
+
+    return table(run(base), run(commit), (base, commit or "working tree"))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -40,7 +40,10 @@ def energy_gradient(prior: NetworkPrior) -> Evaluate:
 class Conditional(Protocol):
     """What the published loop asks of an operator."""
 
-    noise_std: float
+    @property
+    def noise_std(self) -> float:
+        """In the units of y."""
+        ...
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y."""
