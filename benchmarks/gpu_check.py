@@ -137,6 +137,10 @@ def report(device: str, batch: int, size: int) -> str:
     if device == "cuda":
         prior = random_prior(EDM_64, "cuda", "float16", batch, 64)
         lines += ["", iteration_share(prior), "", *gradient_table(prior, backends(prior))]
+        if all(importlib.util.find_spec(name) for name in ("scipy", "h5py", "pydantic")):
+            from benchmarks.scheduler_load import throughput
+
+            lines += ["", *throughput(prior)]
     return "\n".join(lines) + "\n"
 
 

@@ -49,7 +49,7 @@ def sample(
     output: an HDF5 file for `Posterior.load`, to which all samples go; the posterior that is returned then
     holds a random subset of 256. A run that was killed goes on from it, to the same samples. batch_size:
     chains whose gradient is evaluated at once, at most (the samples are the same). max_memory: bytes for the
-    chains, half of what is free by default; more chains than fit run one population after the other.
+    chains, half of the device's by default; more chains than fit run one population after the other.
     progress: called with the share of work done, in [0, 1].
 
     method "calibrated" (DESIGN 2; options nfe, weigh, sigma_min, step_size, memory_limit), "alps" (as

@@ -35,10 +35,10 @@ def gradient_graph(prior: NetworkPrior) -> fx.GraphModule:
             f"{prior.name} is on {prior.device}; graphs are traced on the CPU: use prior.to('cpu')"
         )
 
+    label = prior.one_hot(1)  # a constant: made within, its writes would stay in the graph
+
     def both(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return energy_and_grad(
-            prior.denoiser, x, sigma, class_label=prior.one_hot(1), compute_dtype=prior.compute_dtype
-        )
+        return energy_and_grad(prior.denoiser, x, sigma, class_label=label, compute_dtype=prior.compute_dtype)
 
     graph = _trace(both, prior.image_shape, prior.dtype)
     _fold(graph)

@@ -21,9 +21,10 @@ def tiny_prior() -> NetworkPrior:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_agrees_with_float64_at_every_level_and_batch(precision: Precision) -> None:
-    prior = tiny_prior()
+@pytest.mark.parametrize(("precision", "classes"), [("float32", 0), ("float16", 0), ("float32", 3)])
+def test_agrees_with_float64_at_every_level_and_batch(precision: Precision, classes: int) -> None:
+    label = {"class_label": 1} if classes else {}
+    prior = NetworkPrior(random_denoiser(label_dim=classes), (1, 8, 8), batch_size=1, **label)
     model = onnx_model(gradient_graph(in_precision(prior, precision)), prior.image_shape)
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

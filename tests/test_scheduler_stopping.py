@@ -16,7 +16,7 @@ from alpenglow.scheduler.moments import Moments, merge, merged
 from alpenglow.scheduler.stopping import FIRST_ROUND, GROUPS, Target, chain_variance, need, next_round
 from alpenglow.statistics import sample_statistics
 from benchmarks.beds import gaussian, several_modes
-from tests.scheduling import SHAPE, STD, Independent, arguments, queue, serve
+from tests.scheduling import SHAPE, Independent, arguments, exact, queue, serve
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:
@@ -94,7 +94,7 @@ def test_between_and_inside_of_independent_populations_agree() -> None:
 def test_chain_variance_is_that_of_mean_and_std() -> None:
     gauss = Moments.of(normals(200_000, 1, 1, 1) * 0.5)
     assert chain_variance(gauss, 0.95) == pytest.approx(0.25, rel=0.02)
-    # Laplace: kurtosis 6, so that the std is known less well than the mean: var (6 - 1) / 4.
+    # Laplace, of kurtosis 6: its std is known less well than its mean, var (6 - 1) / 4.
     uniform = torch.rand(400_000, generator=torch.Generator().manual_seed(0)) - 0.5
     laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs())
     assert chain_variance(Moments.of(laplace.reshape(-1, 1, 1, 1)), 0.95) == pytest.approx(2 * 1.25, rel=0.05)
@@ -150,29 +150,31 @@ def test_the_error_meets_its_target_at_little_more_than_the_least_cost(name: str
 
 @pytest.mark.slow
 def test_requests_stop_when_their_error_is_met() -> None:
-    """End to end: 30 requests with samples of the sampler, their real errors against the closed form."""
-    precision = 1 / STD.square() + arguments()["operator"].mask / 0.1**2
-    variance = (1 / precision).double().flatten()
-    least = 200
-    target = math.sqrt(variance.sort().values[math.ceil(0.95 * 16) - 1].item() / least)
-    prior, core = Independent(batch_size=64), Core()
-    changes = {"method": "calibrated", "nfe": 20, "weigh": False, "num_samples": None, "target_error": target}
-    runs = [queue(core, prior, 0, seed=seed, **changes) for seed in range(30)]
+    """End to end: 20 requests with samples of the sampler, their real errors against very many chains."""
+    prior, core, least = Independent(batch_size=64), Core(), 300
+    options = {"method": "calibrated", "nfe": 20, "weigh": False}
+    # What the sampler does at this few NFE is a little off the posterior: the oracle knows the sampler.
+    many = ag.sample(prior, **arguments(**options, num_samples=8000, seed=-1))
+    target = math.sqrt(many.std.square().max().item() / least)
+    assert (many.std / exact()[1] - 1).abs().max() < 0.2
+    runs = [
+        queue(core, prior, 0, seed=seed, num_samples=None, target_error=target, **options)
+        for seed in range(20)
+    ]
     serve(core)
     taken, errors = [], []
-    exact = arguments()["y"] * arguments()["operator"].mask / 0.1**2 / precision
     for run in runs:
         assert run.result is not None
         assert run.result.diagnostics["target_met"]
         taken.append(run.result.num_samples)
-        errors.append((run.result.mean - exact).flatten())
+        errors.append((run.result.mean - many.mean).flatten())
     chains = torch.tensor(taken).double()
-    assert (chains >= least).sum() >= 27
+    assert (chains >= least).sum() >= 18
     assert chains.mean() / least <= 1.3
     # Over the runs the mean of a pixel is off by at most the target, root mean square, in 95 % of pixels;
-    # 30 runs know it to 13 %.
+    # 20 runs know it to 16 %.
     rms = torch.stack(errors).square().mean(0).sqrt()
-    assert (rms <= 1.26 * target).double().mean() >= 0.9
+    assert (rms <= 1.32 * target).double().mean() >= 0.9
 
 
 def test_a_target_that_is_met_at_once_still_takes_a_first_round() -> None:

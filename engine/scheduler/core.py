@@ -16,7 +16,7 @@ from torch import Tensor
 from alpenglow.samplers.chains import Answer
 from alpenglow.scheduler.errors import RequestTimeoutError, SamplingError
 from alpenglow.scheduler.lane import Lane
-from alpenglow.scheduler.memory import available_memory
+from alpenglow.scheduler.memory import device_memory
 from alpenglow.scheduler.request import Request
 from alpenglow.scheduler.run import Run
 
@@ -25,7 +25,7 @@ log = logging.getLogger("alpenglow.scheduler")
 AGEING = 100
 """Turns of waiting that count as one more of priority."""
 MEMORY_SHARE = 0.5
-"""Of the memory that is free on a device, for chains; the rest is the network's."""
+"""Of the memory of a device, for chains; the rest is the network's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Core:
 
     batch_size: rows that a prior sees at once, at most; "auto": found by measurement; None: what the prior
     says, all of a request's where it says nothing. max_memory: bytes for the state of all chains at once,
-    None for half of what is free. Not thread-safe.
+    None for half of the device's memory. Not thread-safe.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Core:
     def _limit(self, device: torch.device) -> int:
         """Bytes for the state of chains on a device."""
         if device not in self._limits:
-            self._limits[device] = self._max_memory or int(MEMORY_SHARE * available_memory(device))
+            self._limits[device] = self._max_memory or int(MEMORY_SHARE * device_memory(device))
         return self._limits[device]
 
     def turn(self) -> bool:

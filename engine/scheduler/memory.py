@@ -4,6 +4,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ the network and back, and what the data-consistency step makes on the way; multi
 coils. Measured: see docs/scheduler.md."""
 LARGEST_POPULATION = 4096
 _BYTES = 4
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _GAIN = 1.05
 """What twice the batch must bring in speed to be worth its memory."""
 
@@ -31,11 +33,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
+def device_memory(device: torch.device) -> int:
+    """Bytes of a device's memory, used or not: which chains run together must not depend on the day."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def chain_bytes(image_shape: tuple[int, int, int], measurement_size: int) -> int:

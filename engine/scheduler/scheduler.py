@@ -29,7 +29,7 @@ class Scheduler:
 
     batch_size: images that a prior sees at once, at most. None: what the prior was loaded with; "auto": found
     by measurement at a prior's first request, and the last bits are then those of that size. max_memory:
-    bytes for the state of all chains, None for half of what is free; requests beyond it wait, and chains of
+    bytes for the state of all chains, None for half of the device's; requests beyond it wait, and chains of
     one request that do not fit run as several populations.
     """
 
