@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ _MERGES: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Finished populations; every field is on the CPU but the samples.
+    """Finished populations; every field is on the CPU but samples [n, C, H, W] and energy [N], ancestors [N].
 
     groups: moments of GROUPS parts of the chains, cut where lineages end but for one at a cut. squared_error
     [C, H, W]: sum over populations of (n mcse)^2, n chains of Monte Carlo error mcse. means: of the
@@ -43,8 +43,9 @@ class Gathered:
     squared_error: Tensor
     means: RunningMoments
     lineages: int = 0
-    energy: tuple[Tensor, ...] = ()
-    ancestors: tuple[Tensor, ...] = ()
+    # One tensor each, not one a population: small ones between large ones would keep memory in pieces.
+    energy: Tensor = field(default_factory=lambda: torch.empty(0))
+    ancestors: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     samples: tuple[Tensor, ...] | None = ()
     reservoir: Reservoir | None = None
     populations: tuple[dict[str, Any], ...] = ()
@@ -65,7 +66,7 @@ class Gathered:
     @property
     def count(self) -> int:
         """Chains of all populations."""
-        return sum(len(energy) for energy in self.energy)
+        return len(self.energy)
 
     @property
     def disagreement(self) -> float:
@@ -127,8 +128,8 @@ class Gathered:
             squared_error=self.squared_error + (found.mcse.cpu() * count).square(),
             means=update(self.means, found.mean[None].cpu(), weight),
             lineages=self.lineages + found.lineages,
-            energy=(*self.energy, population.energy if self.samples is not None else population.energy.cpu()),
-            ancestors=(*self.ancestors, self.count + founders),
+            energy=population.energy if not self.count else torch.cat([self.energy, population.energy]),
+            ancestors=torch.cat([self.ancestors, self.count + founders]),
             samples=None if self.samples is None else (*self.samples, images),
             reservoir=self.reservoir and collect(self.reservoir, images, chains),
             populations=(*self.populations, population.diagnostics),
@@ -139,13 +140,12 @@ class Gathered:
         """The result so far; extra: diagnostics of the whole request. At least one population."""
         nfe = self.evaluations / self.count
         diagnostics = self._diagnostics() | extra
-        energy = torch.cat(self.energy)
         if self.samples is not None:
             return Posterior.from_samples(
                 torch.cat(self.samples),
-                energy=energy,
+                energy=self.energy,
                 nfe=nfe,
-                ancestors=torch.cat(self.ancestors),
+                ancestors=self.ancestors,
                 diagnostics=diagnostics,
                 settings=settings,
             )
@@ -153,7 +153,7 @@ class Gathered:
         return Posterior(
             mean=self.moments.mean.float(),
             std=self.variance.sqrt().float(),
-            energy=energy,
+            energy=self.energy,
             nfe=nfe,
             reservoir=self.reservoir.samples,
             diagnostics=self._errors() | self._agreement() | {"lineages": self.lineages} | diagnostics,
