@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpenglow.priors.protocol import Prior
 from alpenglow.samplers.chains import Answer
 from alpenglow.scheduler.errors import RequestTimeoutError, SamplingError
 from alpenglow.scheduler.lane import Lane
@@ -74,7 +75,7 @@ class Core:
         self._max_memory = max_memory
         self._clock = clock
         self._limits: dict[torch.device, int] = {}
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[int, tuple[Prior, Lane]] = {}
         self._last_lane = 0
 
     def make(self, request: Request, publish: Callable[[], None] = lambda: None) -> Run:
@@ -126,9 +127,6 @@ class Core:
     def _sweep(self) -> None:
         self.live = [run for run in self.live if not run.done]
         self.waiting = [run for run in self.waiting if not run.done]
-        served = {id(run.request.problem.prior) for run in (*self.live, *self.waiting)}
-        # An id may come to mean another prior once nobody holds the old one.
-        self._lanes = {key: lane for key, lane in self._lanes.items() if key in served}
 
     def _admit(self) -> None:
         """Start waiting runs while their chains fit, strictly in order, so that large ones get their turn."""
@@ -157,8 +155,9 @@ class Core:
         after = keys.index(self._last_lane) + 1 if self._last_lane in priors else 0
         key = self._last_lane = keys[after % len(keys)]
         if key not in self._lanes:
-            self._lanes[key] = Lane.to(priors[key], self._batch_size)
-        return self._lanes[key]
+            # With the prior itself: once nobody holds it, its id may come to mean another one.
+            self._lanes[key] = priors[key], Lane.to(priors[key], self._batch_size)
+        return self._lanes[key][1]
 
     def _fill(self, lane: Lane) -> list[Piece]:
         """The rows of the next batch."""

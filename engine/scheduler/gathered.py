@@ -31,7 +31,7 @@ _MERGES: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Finished populations; every field is on the CPU but samples [n, C, H, W] and energy [N], ancestors [N].
+    """Finished populations; samples [n, C, H, W] and energy [N] stay on their device, the rest is on the CPU.
 
     groups: moments of GROUPS parts of the chains, cut where lineages end but for one at a cut. squared_error
     [C, H, W]: sum over populations of (n mcse)^2, n chains of Monte Carlo error mcse. means: of the
