@@ -75,7 +75,8 @@ def grid_of(kspace: KSpace, measured: Tensor, size_multiple: int = 1) -> Grid:
     rows = height
     if kspace.header is not None and (measured == measured[:1]).all():
         share = kspace.header.recon.field_of_view[0] / kspace.header.encoded.field_of_view[0]
-        rows = min(height, max(2, 2 * round(height * share / 2)))
+        if share < 1:
+            rows = min(height, max(2, 2 * round(height * share / 2)))
     size = [math.ceil(n / size_multiple) * size_multiple for n in (rows, width)]
     return Grid((height, width), (rows, width), (size[0], size[1]))
 
