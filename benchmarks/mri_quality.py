@@ -2,12 +2,12 @@
 
     python -m benchmarks.mri_quality -o docs
 
-writes docs/quality/mri.json after every method of every row, and docs/mri-quality.md from it; a run that was
+writes docs/mri-quality.json after every method of every row, and docs/mri-quality.md from it; a run that was
 stopped goes on. Truths are held-out slices of the prior's recipe with its noise floor; coil maps are known.
 """
 
 import argparse
-import json
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ from alpenglow.jobs import simulate
 from alpenglow.mri_simulation import simulate_coil_maps
 from alpenglow.operators import SenseMRI, kspace_masks
 from alpenglow.priors.network import NetworkPrior
-from alpenglow.statistics import student_t_interval
-from benchmarks.quality.estimates import Estimate, of_posterior
+from benchmarks.quality.estimates import Estimate, average, of_posterior, score
 from benchmarks.quality.methods import Stopwatch
+from benchmarks.quality.results import machine, resume, write
 from benchmarks.quality.run import with_floor
 
 PRIOR, NOISE_FLOOR, SIZE = "brain-128", 0.01, 128
@@ -83,17 +83,28 @@ def zero_filled(problem: Problem) -> Estimate:
 
 def wavelets(problem: Problem) -> Estimate:
     """L1-wavelet compressed sensing by sigpy (Lustig et al., Magn Reson Med 2007), its weight tuned."""
-    generator = torch.Generator().manual_seed(1000)
-    truth = with_floor(BrainSlices().draw(generator)[None], NOISE_FLOOR, 1000)[0]
-    y = simulate(problem.operator, truth, problem.row.noise_std, 1000)
-    tried = {
-        weight: figures(Estimate(_wavelets(problem.operator, y, weight * problem.row.noise_std), 0, 0), truth)
-        for weight in WEIGHTS
-    }
-    best = max(tried, key=lambda weight: tried[weight]["psnr"])
+    weight = _tuned_weight(problem.row)
     watch = Stopwatch(problem.y.device)
-    image = _wavelets(problem.operator, problem.y, best * problem.row.noise_std)
-    return Estimate(image, 0.0, watch.seconds())
+    return Estimate(_wavelets(problem.operator, problem.y, weight), 0.0, watch.seconds())
+
+
+@functools.cache
+def _tuned_weight(row: Row) -> float:
+    """Out of WEIGHTS, in units of y."""
+    operator, generator = row.operator(), torch.Generator().manual_seed(1000)
+    truth = with_floor(brain().draw(generator)[None], NOISE_FLOOR, 1000)[0]
+    y = simulate(operator, truth, row.noise_std, 1000)
+
+    def found(weight: float) -> float:
+        return figures(Estimate(_wavelets(operator, y, weight), 0, 0), truth)["psnr"]
+
+    return max((weight * row.noise_std for weight in WEIGHTS), key=found)
+
+
+@functools.cache
+def brain() -> BrainSlices:
+    """The slices; reading their volumes takes seconds."""
+    return BrainSlices()
 
 
 def _wavelets(operator: SenseMRI, y: Tensor, weight: float) -> Tensor:
@@ -154,8 +165,7 @@ def figures(estimate: Estimate, truth: Tensor) -> dict[str, float]:
         "seconds": estimate.seconds,
     }
     if estimate.std is not None:
-        lower, upper = student_t_interval(estimate.image, estimate.std, estimate.effective, 0.9)
-        found["coverage"] = ((lower <= truth) & (truth <= upper)).float().mean().item()
+        found["coverage"] = score(estimate, truth)["coverage_90"]
         absolute = (estimate.image - truth).abs()
         pair = torch.stack([estimate.std.flatten(), absolute.flatten()]).double()
         found["correlation"] = torch.corrcoef(pair)[0, 1].item()
@@ -164,18 +174,13 @@ def figures(estimate: Estimate, truth: Tensor) -> dict[str, float]:
 
 def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callable[[str], None]) -> Path:
     """Measure what is missing, and write the page; returns its path."""
-    path = output / "quality" / "mri.json"
+    path = output / "mri-quality.json"
     settings = {"images": images, "samples": samples, "prior": PRIOR, "noise_floor": NOISE_FLOOR}
-    results: dict[str, Any] = {"settings": settings, "torch": torch.__version__, "entries": []}
-    if path.is_file():
-        results = json.loads(path.read_text())
-        if results["settings"] != settings:
-            raise SystemExit(f"{path} was made with {results['settings']}, not {settings}: remove it")
-    truths = with_floor(BrainSlices().held_out(images), NOISE_FLOOR, 0)
+    results = resume(path, {"settings": settings, "machine": machine(), "entries": []})
+    truths = with_floor(brain().held_out(images), NOISE_FLOOR, 0)
     prior = ag.load_prior(PRIOR)
-    single = ag.load_prior(PRIOR, batch_size=1)
     assert isinstance(prior, NetworkPrior)
-    assert isinstance(single, NetworkPrior)
+    single = prior.with_batch_size(1)
     for row in rows:
         operator = row.operator()
         for method, solve in METHODS.items():
@@ -186,11 +191,9 @@ def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callab
                 y = simulate(operator, truth, row.noise_std, index)
                 estimate = solve(Problem(row, operator, y, prior, single, samples, index))
                 each.append(figures(estimate, truth))
-            mean = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
+            mean = average(each)
             results["entries"].append({"row": asdict(row), "method": method, "mean": mean, "images": each})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(results, indent=1) + "\n")
+            write(path, results)
             _write_page(output, results)
             log(f"{row.title}, {method}: {mean['psnr']:.2f} dB")
     return _write_page(output, results)

@@ -7,12 +7,11 @@ import argparse
 from typing import Any
 
 import onnxruntime
-import torch
 from rich.progress import track
-from torch import Tensor
 
+from alpenglow.export.bundle import evaluator
 from alpenglow.export.gradient_graph import gradient_graph
-from alpenglow.export.onnx_model import OUTPUTS, in_precision, onnx_model
+from alpenglow.export.onnx_model import in_precision, onnx_model
 from alpenglow.export.parity import SIGMAS, measure_parity
 from alpenglow.networks.denoiser import EDMDenoiser
 from alpenglow.priors.network import NetworkPrior, Precision
@@ -49,12 +48,7 @@ def parity(prior: NetworkPrior, precision: Precision) -> dict[str, float]:
     """Largest relative error at each level of the ONNX model as ONNX Runtime runs it; see measure_parity."""
     model = onnx_model(gradient_graph(in_precision(prior, precision)), prior.image_shape)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-    def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        energy, grad = session.run(OUTPUTS, {"x": x.numpy(), "sigma": sigma.numpy()})
-        return torch.from_numpy(energy), torch.from_numpy(grad)
-
-    return measure_parity(prior, evaluate)
+    return measure_parity(prior, evaluator(session))
 
 
 def main() -> None:

@@ -63,13 +63,11 @@ def sample(
     """
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size!r}; expected a positive integer, or None")
-    if max_memory is not None and (type(max_memory) is not int or max_memory < 1):
-        raise ValueError(f"max_memory is {max_memory!r}; expected a positive number of bytes, or None")
+    core = Core(batch_size=batch_size, max_memory=max_memory)
     request = make_request(
         prior, operator, y, noise_std=noise_std, num_samples=num_samples, target_error=target_error,
         target_quantile=target_quantile, method=method, seed=seed, output=output, name="sample", **options,
     )  # fmt: skip
-    core = Core(batch_size=batch_size, max_memory=max_memory)
     run = core.make(request)
     core.queue(run)
     while core.turn():

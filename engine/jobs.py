@@ -21,6 +21,17 @@ from alpenglow.priors.protocol import Prior
 ESPIRIT = "espirit"
 Count = Annotated[StrictInt, Field(ge=1)]
 Fields = TypeVar("Fields", bound=BaseModel)
+# What jobs of every kind ask for.
+PriorSource = Annotated[
+    str,
+    Field(description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"),
+]
+Folder = Annotated[Path, Field(description="a folder for the results")]
+NumSamples = Annotated[StrictInt, Field(ge=2, description="an integer of at least 2; one has no spread")]
+MethodName = Annotated[str, Field(description="the name of a sampling method")]
+Nfe = Annotated[Count | None, Field(description="a positive integer: gradient evaluations a sample")]
+Seed = Annotated[StrictInt, Field(ge=0, description="an integer of at least 0")]
+DeviceName = Annotated[str | None, Field(description="a torch device such as cpu or cuda")]
 
 
 class Job(BaseModel):
@@ -34,9 +45,7 @@ class Job(BaseModel):
     input: Path = Field(
         description="the measurement, a PNG, TIFF or NPY file (with simulate: the clean image)"
     )
-    prior: str = Field(
-        description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"
-    )
+    prior: PriorSource
     operator: OperatorSpec = Field(discriminator="kind", description="a kind, and what that kind needs")
     noise_std: float = Field(
         gt=0,
@@ -44,15 +53,15 @@ class Job(BaseModel):
         description="a positive finite number: the standard deviation of the noise, where images "
         "span [-1, 1]",
     )
-    output: Path = Field(description="a folder for the results")
+    output: Folder
     simulate: bool = Field(False, description="true or false: to measure a clean image")
     truth: Path | None = Field(None, description="the true image, a PNG, TIFF or NPY file")
-    num_samples: StrictInt = Field(64, ge=2, description="an integer of at least 2; one has no spread")
-    method: str = Field("calibrated", description="the name of a sampling method")
-    nfe: Count | None = Field(None, description="a positive integer: gradient evaluations a sample")
+    num_samples: NumSamples = 64
+    method: MethodName = "calibrated"
+    nfe: Nfe = None
     max_iterations: Count = Field(300, description="a positive integer: steps of the MAP search")
-    seed: StrictInt = Field(0, ge=0, description="an integer of at least 0")
-    device: str | None = Field(None, description="a torch device such as cpu or cuda")
+    seed: Seed = 0
+    device: DeviceName = None
 
 
 @dataclass(frozen=True, eq=False)

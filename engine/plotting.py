@@ -22,7 +22,7 @@ STD_MAP = "magma"  # perceptually uniform, and dark where the image is certain
 PIXELS_PER_INCH = 160
 ERROR = "|mean − truth|"
 _CELL, _GAP, _LEFT, _TOP, _TITLE, _CAPTION, _BAR = 1.55, 0.05, 0.62, 0.32, 0.3, 0.24, 0.36  # inches
-_INK, _FAINT = "#1c1c22", "#6b6b76"
+INK, FAINT = "#1c1c22", "#6b6b76"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _draw(rows: list[list[_Panel]], labels: Sequence[str], title: str | None) ->
         lines = "\n".join(textwrap.fill(line, int(cell_height * 16)) for line in label.splitlines())
         figure.text(
             (_LEFT - 0.02) / width, 1 - (down + cell_height / 2) / height, lines, rotation=90, fontsize=7.5,
-            color=_INK, ha="right", va="center", multialignment="center", linespacing=1.4,
+            color=INK, ha="right", va="center", multialignment="center", linespacing=1.4,
         )  # fmt: skip
     for left, heading in zip(lefts, headings, strict=True):
         figure.text(
@@ -165,14 +165,14 @@ def _draw(rows: list[list[_Panel]], labels: Sequence[str], title: str | None) ->
             1 - (top - 0.07) / height,
             heading,
             fontsize=9,
-            color=_INK,
+            color=INK,
             ha="center",
         )
     shared = [left for left, heading in zip(lefts, headings, strict=True) if heading in ("std", ERROR)]
     bar = place(shared[0], height - _BAR + 0.04, shared[-1] + _CELL - shared[0], 0.09)
     _draw_colour_bar(figure, bar, limit)
     if title:
-        figure.text(0.5, 1 - 0.24 / height, title, fontsize=11.5, color=_INK, ha="center")
+        figure.text(0.5, 1 - 0.24 / height, title, fontsize=11.5, color=INK, ha="center")
     return figure
 
 
@@ -201,7 +201,7 @@ def _draw_panel(cell: Axes, panel: _Panel, limit: float, magnitude: float) -> No
         )
     cell.set(xticks=[], yticks=[])
     cell.spines[:].set_visible(False)
-    cell.set_xlabel(panel.caption, fontsize=7.5, color=_FAINT, labelpad=3)
+    cell.set_xlabel(panel.caption, fontsize=7.5, color=FAINT, labelpad=3)
 
 
 def _draw_colour_bar(figure: Figure, axes: Axes, limit: float) -> None:
@@ -209,4 +209,4 @@ def _draw_colour_bar(figure: Figure, axes: Axes, limit: float) -> None:
     bar = figure.colorbar(scale, cax=axes, orientation="horizontal", extend="max", extendfrac=0.02)
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(5)
-    bar.ax.tick_params(labelsize=7.5, color=_FAINT, labelcolor=_FAINT, length=2)
+    bar.ax.tick_params(labelsize=7.5, color=FAINT, labelcolor=FAINT, length=2)

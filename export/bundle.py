@@ -55,7 +55,7 @@ def export_bundle(
             errors, judge = measure_parity(prior, graph), f"torch {torch.__version__} (traced graph, CPU)"
         else:
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-            errors = measure_parity(prior, _evaluator(session))
+            errors = measure_parity(prior, evaluator(session))
             judge = f"onnxruntime {onnxruntime.__version__} (CPU)"
         check_parity(errors, precision, f"{prior.name} as {precision} ONNX")
         manifest = Manifest(
@@ -86,7 +86,9 @@ def _onnxruntime():  # type: ignore[no-untyped-def]
     return onnxruntime
 
 
-def _evaluator(session) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+def evaluator(session) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+    """An ONNX Runtime session of the model on the CPU, as `measure_parity` asks it."""
+
     def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         energy, grad = session.run(["energy", "grad"], {"x": x.numpy(), "sigma": sigma.numpy()})
         return torch.from_numpy(energy), torch.from_numpy(grad)

@@ -67,6 +67,14 @@ def queue(core: Core, prior: Any, index: int = 0, **changes: Any) -> Run:
     return run
 
 
+def same(a: ag.Posterior | None, b: ag.Posterior) -> bool:
+    """Whether two results are there, and have the same samples and energies, to the last bit."""
+    assert a is not None
+    assert a.samples is not None
+    assert b.samples is not None
+    return torch.equal(a.samples, b.samples) and torch.equal(a.energy, b.energy)
+
+
 def serve(core: Core) -> None:
     """Until nothing is left."""
     while core.turn():

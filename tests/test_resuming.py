@@ -1,12 +1,10 @@
 """What a training run survives: kills at any moment, a full disk; how it goes on, and what it refuses."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from alpenglow.distillation import pipeline, training
 from alpenglow.distillation.batches import Batch
 from alpenglow.distillation.config import StageConfig, load_recipe
 from alpenglow.distillation.training import train
+from tests.disk import full_disk
 from tests.tiny import discs, line_batches, line_loss, logged, recipe_fields, same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -219,17 +218,6 @@ def test_more_steps_continue_a_finished_run(tmp_path: Path, unbroken: Any, first
 
 
 # A full disk
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """The kernel lets no file grow beyond `size` bytes (RLIMIT_FSIZE): writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

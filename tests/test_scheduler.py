@@ -12,7 +12,7 @@ from alpenglow.scheduler import SamplingError
 from alpenglow.scheduler import core as core_module
 from alpenglow.scheduler.core import AGEING, Core
 from benchmarks.beds import several_modes
-from tests.scheduling import NFE, Independent, arguments, exact, queue, serve
+from tests.scheduling import NFE, Independent, arguments, exact, queue, same, serve
 
 MIXED: list[dict[str, Any]] = [
     {"method": "calibrated", "num_samples": 11},
@@ -27,12 +27,6 @@ MIXED: list[dict[str, Any]] = [
 def alone(prior: Any, given: dict[str, Any]) -> ag.Posterior:
     own = {key: value for key, value in given.items() if key not in ("priority", "population")}
     return ag.sample(prior, **own)
-
-
-def same(a: ag.Posterior, b: ag.Posterior) -> bool:
-    assert a.samples is not None
-    assert b.samples is not None
-    return torch.equal(a.samples, b.samples) and torch.equal(a.energy, b.energy)
 
 
 # --- Results ---

@@ -1,11 +1,9 @@
 """Faults, each injected for real: who fails, with what error, and what everybody else gets."""
 
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import alpenglow as ag
 from alpenglow.operators import Inpainting
 from alpenglow.scheduler import SamplingError
 from alpenglow.scheduler.core import Core
-from tests.scheduling import NFE, OPERATOR, SHAPE, Independent, arguments, queue, serve
+from tests.disk import full_disk
+from tests.scheduling import NFE, OPERATOR, SHAPE, Independent, arguments, queue, same, serve
 
 
 class Faulty(Independent):
@@ -37,13 +36,6 @@ class Faulty(Independent):
 
 def expected(index: int, **changes: Any) -> ag.Posterior:
     return ag.sample(Independent(), **arguments(index, **changes))
-
-
-def same(a: ag.Posterior | None, b: ag.Posterior) -> bool:
-    assert a is not None
-    assert a.samples is not None
-    assert b.samples is not None
-    return torch.equal(a.samples, b.samples)
 
 
 # --- A backend that raises ---
@@ -225,17 +217,6 @@ def test_a_worker_that_dies_fails_its_requests_and_takes_no_more() -> None:
 
 
 # --- The disk ---
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """The kernel lets no file grow beyond `size` bytes (RLIMIT_FSIZE): writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_fails_the_request_and_space_lets_it_go_on(tmp_path: Path) -> None:

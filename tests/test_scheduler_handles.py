@@ -17,14 +17,7 @@ import torch
 import alpenglow as ag
 from alpenglow.scheduler import RequestTimeoutError, SamplingError
 from alpenglow.scheduler.core import Core
-from tests.scheduling import NFE, Independent, arguments, queue, serve
-
-
-def same(a: ag.Posterior, b: ag.Posterior) -> bool:
-    assert a.samples is not None
-    assert b.samples is not None
-    return torch.equal(a.samples, b.samples) and torch.equal(a.energy, b.energy)
-
+from tests.scheduling import NFE, Independent, arguments, queue, same, serve
 
 # --- Handles ---
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.operators.base import LinearOperator
+from alpenglow.samplers.problem import rho_levels
 from benchmarks.baselines.denoisers import Denoiser
 
 RHO = 7
@@ -51,9 +52,8 @@ class DapsOptions:
 
 
 def levels(high: float, low: float, steps: int) -> list[float]:
-    """steps + 1 levels from high to low, evenly spaced in sigma^(1 / 7) (arXiv 2206.00364, equation 5)."""
-    top, bottom = high ** (1 / RHO), low ** (1 / RHO)
-    return [(top + i / steps * (bottom - top)) ** RHO for i in range(steps + 1)]
+    """steps + 1 of EDM's levels from high to low."""
+    return rho_levels(high, low, steps + 1, RHO)
 
 
 def probability_flow(denoiser: Denoiser, x: Tensor, sigmas: list[float]) -> Tensor:

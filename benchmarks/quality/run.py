@@ -1,8 +1,6 @@
 """Runs the comparison for one prior, and goes on where a run of the same settings stopped."""
 
 import hashlib
-import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -12,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpenglow._version import __version__
 from alpenglow.distillation.config import load_recipe
 from alpenglow.distillation.sources import ImageSource, open_source
-from alpenglow.io.files import atomic_path
 from alpenglow.jobs import simulate
 from alpenglow.priors.loading import ZOO, load_denoiser, load_prior
 from alpenglow.priors.network import check_fits
@@ -23,6 +19,7 @@ from benchmarks.baselines.denoisers import denoiser_of
 from benchmarks.quality import page
 from benchmarks.quality.estimates import average, score
 from benchmarks.quality.methods import BASELINES, METHODS, Networks, Task, Tuning
+from benchmarks.quality.results import machine, resume, write
 from benchmarks.quality.rows import Row, rows_for
 from benchmarks.quality.tuning import IMAGES, SAMPLES, Tuned, tune
 
@@ -93,7 +90,16 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     path = output / "quality" / f"{networks.prior.name}.json"
     settings = Settings(images, samples, baseline_nfe, denoiser, digest, floor)
-    results = _resume(path, networks.prior.name, settings)
+    results = resume(
+        path,
+        {
+            "prior": networks.prior.name,
+            "settings": asdict(settings),
+            "machine": machine(),
+            "tuning": {"images": IMAGES, "samples": SAMPLES},
+            "entries": [],
+        },
+    )
     truths = with_floor(source.held_out(images), floor, SEED)
     if len(truths) < images:
         raise ValueError(f"got images={images}; {len(truths)} are held out")
@@ -118,7 +124,7 @@ def run(
             networks, task, method, tuned, lambda share, done=done: progress((done + share) / len(wanted))
         )
         results["entries"].append({"row": row.name, "title": row.title, "method": method, **entry})
-        _write(path, results)
+        write(path, results)
         page.write(output)
         log(f"{row.name} {method}: PSNR {entry['mean']['psnr']:.2f} dB, NFE {entry['mean']['nfe']:.0f}")
     progress(1.0)
@@ -151,7 +157,7 @@ def load_networks(
 ) -> tuple[Networks, str, str]:
     """The networks, what the baselines' denoiser is in words, and a digest of the weights; see `run`."""
     prior = load_prior(source, device=device, batch_size=min(samples, MOST_BATCH))
-    single = load_prior(source, device=device, batch_size=1)
+    single = prior.with_batch_size(1)
     found = Path("runs") / prior.name / f"{prior.name}-teacher.safetensors"
     teacher = found if teacher is None and found.is_file() else teacher
     if teacher is None:
@@ -182,38 +188,3 @@ def _source(prior: str, data: Path | None) -> tuple[ImageSource, float]:
         raise ValueError(f"the zoo has no recipe for {prior!r}; give the one it was trained by with --data")
     config = load_recipe(str(recipe)).data
     return open_source(config), config.noise_floor
-
-
-def _resume(path: Path, prior: str, settings: Settings) -> dict[str, Any]:
-    fresh = {
-        "prior": prior,
-        "settings": asdict(settings),
-        "machine": {
-            "alpenglow": __version__,
-            "torch": torch.__version__,
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
-        "tuning": {"images": IMAGES, "samples": SAMPLES},
-        "entries": [],
-    }
-    if not path.is_file():
-        return fresh
-    try:
-        found = json.loads(path.read_text())
-        other = {k: (v, found["settings"].get(k)) for k, v in asdict(settings).items()}
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no file of this benchmark ({error}); remove it") from None
-    other = {name: pair for name, pair in other.items() if pair[0] != pair[1]}
-    if other:
-        differences = ", ".join(f"{name} {was!r}, now {now!r}" for name, (now, was) in other.items())
-        raise ValueError(
-            f"{path} was made with other settings: {differences}. Give the same ones to go on with it, or "
-            "remove it, or write elsewhere with -o"
-        )
-    return found
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")

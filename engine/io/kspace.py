@@ -101,12 +101,16 @@ class KSpace:
         return values
 
     def sampling_mask(self, index: int) -> Tensor:
-        """What was measured of slice `index`, bool [H, W].
+        """What was measured of slice `index`, bool [H, W]; see `measured`."""
+        return self.measured(self[index])
+
+    def measured(self, samples: Tensor) -> Tensor:
+        """What was measured of a slice [coils, H, W] that was read, bool [H, W].
 
         A sample that is exactly 0 in every coil was not measured, whatever the file's mask says: noise never
         is 0, and fastMRI fills the margins of k-space with zeros that its masks count.
         """
-        measured = (self[index] != 0).any(0)
+        measured = (samples != 0).any(0)
         return measured if self.mask is None else measured & self.mask
 
     def calibration_lines(self, index: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,8 @@ class KSpace:
         Those are the lines for calibration alone where there are any, else the slice itself.
         """
         if self.calibration is None:
-            return self[index], self.sampling_mask(index)
+            samples = self[index]
+            return samples, self.measured(samples)
         lines = self.calibration[index].to(torch.complex64)
         return lines, (lines != 0).any(0)
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from alpenglow.io.files import atomic_path
-from alpenglow.plotting import PIXELS_PER_INCH, STD_MAP
+from alpenglow.plotting import FAINT, INK, PIXELS_PER_INCH, STD_MAP
 from alpenglow.posterior import Posterior
 
 _PANEL, _GAP, _TOP, _HEADING, _BAR, _FOOT = 2.3, 0.12, 0.42, 0.26, 0.42, 0.3  # inches
-_INK, _FAINT, _FRAME = "#1c1c22", "#6b6b76", "#35c9b8"
+_FRAME = "#35c9b8"
 _ZOOM = 4
 """The zoom shows one over so much of both sides."""
 _OBJECT = 0.1
@@ -128,7 +128,7 @@ def _draw(rows: list[list[_Panel]], box: tuple[int, int, int], title: str, foote
             )
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            axes.set_title(panel.heading, fontsize=9, color=_INK, pad=4)
+            axes.set_title(panel.heading, fontsize=9, color=INK, pad=4)
             if panel.boxed:
                 axes.add_patch(
                     Rectangle((box[1] - 0.5, box[0] - 0.5), box[2], box[2], fill=False, color=_FRAME, lw=1.1)
@@ -140,7 +140,7 @@ def _draw(rows: list[list[_Panel]], box: tuple[int, int, int], title: str, foote
             )
             bar.outline.set_visible(False)
             bar.locator = MaxNLocator(4)
-            bar.ax.tick_params(labelsize=7, color=_FAINT, labelcolor=_FAINT, length=2)
-    figure.text(_GAP / wide, 1 - 0.26 / high, title, fontsize=11.5, color=_INK)
-    figure.text(_GAP / wide, 0.1 / high, footer, fontsize=8, color=_FAINT)
+            bar.ax.tick_params(labelsize=7, color=FAINT, labelcolor=FAINT, length=2)
+    figure.text(_GAP / wide, 1 - 0.26 / high, title, fontsize=11.5, color=INK)
+    figure.text(_GAP / wide, 0.1 / high, footer, fontsize=8, color=FAINT)
     return figure

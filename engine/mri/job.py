@@ -3,9 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field
 
-from alpenglow.jobs import ESPIRIT, Count, merge_fields, validate
+from alpenglow.jobs import (
+    ESPIRIT,
+    DeviceName,
+    Folder,
+    MethodName,
+    Nfe,
+    NumSamples,
+    PriorSource,
+    Seed,
+    merge_fields,
+    validate,
+)
 
 SCANS = (".h5", ".hdf5", ".mrd", ".cfl", ".hdr")
 """Suffixes that only k-space has; a .npy is a scan where a job names coil maps."""
@@ -17,10 +28,8 @@ class ScanJob(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: Path = Field(description="k-space: fastMRI or ISMRMRD (.h5, .mrd), BART (.cfl), NumPy (.npy)")
-    prior: str = Field(
-        description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"
-    )
-    output: Path = Field(description="a folder for the results")
+    prior: PriorSource
+    output: Folder
     maps: str = Field(ESPIRIT, description="espirit, or a file of coil maps (.npy, .cfl, .h5)")
     noise_std: float | None = Field(
         None,
@@ -32,12 +41,12 @@ class ScanJob(BaseModel):
     slices: str | None = Field(
         None, pattern=r"^\d*(:\d*)?$", description="slices FIRST:END, as Python counts them, or one number"
     )
-    num_samples: StrictInt = Field(64, ge=2, description="an integer of at least 2; one has no spread")
-    method: str = Field("calibrated", description="the name of a sampling method")
-    nfe: Count | None = Field(None, description="a positive integer: gradient evaluations a sample")
+    num_samples: NumSamples = 64
+    method: MethodName = "calibrated"
+    nfe: Nfe = None
     map: bool = Field(False, description="true or false: to search the MAP image too")
-    seed: StrictInt = Field(0, ge=0, description="an integer of at least 0")
-    device: str | None = Field(None, description="a torch device such as cpu or cuda")
+    seed: Seed = 0
+    device: DeviceName = None
 
     def chosen(self, count: int) -> range:
         """The slices to do, of `count`. Raises ValueError where there are none."""

@@ -24,7 +24,7 @@ from alpenglow.mri.job import ScanJob
 from alpenglow.mri.slices import CoilNoise, SliceProblem, find_noise, prepare_slice
 from alpenglow.mri.volumes import window_of, write_volumes
 from alpenglow.posterior import Posterior
-from alpenglow.priors.protocol import Prior
+from alpenglow.priors.batched import BatchedPrior
 from alpenglow.scheduler.handle import Handle
 from alpenglow.scheduler.request import Request, make_request
 from alpenglow.scheduler.scheduler import Scheduler
@@ -42,15 +42,14 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What all slices of a job share. single: `prior` at one image a batch, for the MAP search."""
+    """What all slices of a job share."""
 
     job: ScanJob
     kspace: KSpace
     maps: Slices | None
     noise: CoilNoise
     grid: Grid
-    prior: Prior
-    single: Prior
+    prior: BatchedPrior
 
     def problem(self, index: int) -> SliceProblem:
         """Slice `index`; ValueError where it does not fit the others."""
@@ -114,13 +113,12 @@ def open_scan(job: ScanJob) -> Scan:
             f"{job.prior} is a prior of images of {prior.image_shape[0]} channels; k-space needs one of "
             "complex images (2 channels), such as brain-128"
         )
-    single = load_prior(job.prior, device=job.device, batch_size=1)
     noise = find_noise(kspace, job.noise_std)
     grid = grid_of(kspace, kspace.sampling_mask(chosen[0]), getattr(prior, "size_multiple", 1))
-    return Scan(job, kspace, maps, noise, grid, _fitted(prior, grid), _fitted(single, grid))
+    return Scan(job, kspace, maps, noise, grid, _fitted(prior, grid))
 
 
-def _fitted(prior: Any, grid: Grid) -> Prior:
+def _fitted(prior: Any, grid: Grid) -> BatchedPrior:
     """The prior for images of the grid."""
     if tuple(prior.image_shape[1:]) == grid.size:
         return prior
@@ -171,7 +169,8 @@ def _posteriors(
 def _finish(scan: Scan, problem: SliceProblem, index: int, posterior: Posterior) -> Posterior:
     """The posterior of a slice with its MAP image and its record, in the units of the file."""
     if scan.job.map:
-        estimate = find_map(scan.single, problem.operator, problem.y, noise_std=problem.noise_std)
+        single = scan.prior.with_batch_size(1)  # the search has one image at a time
+        estimate = find_map(single, problem.operator, problem.y, noise_std=problem.noise_std)
         posterior = posterior.with_map(estimate.image)
     posterior.settings["scan"] = {
         "source": scan.kspace.source, "slice": index, "scale": problem.scale,

@@ -67,7 +67,8 @@ def find_noise(kspace: KSpace, noise_std: float | None = None) -> CoilNoise:
     if noise_std is not None:
         return CoilNoise(noise_std, None, "given")
     step = math.ceil(len(kspace) / _RIM_SLICES)
-    rims = [estimate_noise_std(kspace[i], kspace.sampling_mask(i)) for i in range(0, len(kspace), step)]
+    slices = (kspace[i] for i in range(0, len(kspace), step))
+    rims = [estimate_noise_std(samples, kspace.measured(samples)) for samples in slices]
     return CoilNoise(torch.tensor(rims).median().item(), None, "estimated from the rim of k-space")
 
 
@@ -81,22 +82,26 @@ def prepare_slice(
     of the magnitude of a least-squares image to TYPICAL_PEAK. Raises ValueError for a slice of which nothing
     was measured, and what `estimate_coil_maps` and SenseMRI refuse.
     """
-    measured = kspace.sampling_mask(index)
+    samples = kspace[index]
+    measured = kspace.measured(samples)
     if not measured.any():
         raise ValueError(f"slice {index} of {kspace.source} holds no sample: all of it is 0; leave it out")
     grid = grid_of(kspace, measured, size_multiple)
-    y = grid.kspace(noise.whiten(kspace[index]))
+    mask = grid.mask(measured)
+    y = grid.kspace(noise.whiten(samples)) * mask
     if maps is not None:
         coil_maps = grid.maps(noise.whiten(maps[index].to(torch.complex64)))
     elif len(y) == 1:
         coil_maps = torch.ones_like(y)
+    elif kspace.calibration is None:
+        coil_maps = estimate_coil_maps(y, mask)
     else:
         lines, there = kspace.calibration_lines(index)
         coil_maps = estimate_coil_maps(grid.kspace(noise.whiten(lines)), grid.mask(there))
-    operator = SenseMRI(coil_maps, grid.mask(measured))
+    operator = SenseMRI(coil_maps, mask)
     noise_std = noise.noise_std * grid.gain
-    scale = _peak(operator, y * operator.mask, noise_std) / TYPICAL_PEAK
-    return SliceProblem(operator, y * operator.mask / scale, noise_std / scale, scale, grid)
+    scale = _peak(operator, y, noise_std) / TYPICAL_PEAK
+    return SliceProblem(operator, y / scale, noise_std / scale, scale, grid)
 
 
 def _peak(operator: SenseMRI, y: Tensor, noise_std: float) -> float:

@@ -122,9 +122,8 @@ class NetworkPrior(BatchedPrior):
         """
         shape = (self.image_shape[0], height, width)
         check_fits(self.denoiser, check_image_shape(shape))
-        fitted = copy.copy(self)
         pixels = self.image_shape[1] * self.image_shape[2]
-        fitted._batch_size = max(1, self.batch_size * pixels // (height * width))
+        fitted = self.with_batch_size(max(1, self.batch_size * pixels // (height * width)))
         fitted.image_shape = shape
         return fitted
 

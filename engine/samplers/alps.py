@@ -7,7 +7,7 @@ from torch import Tensor
 
 from alpenglow.kernels.step_weights import StepWeights
 from alpenglow.samplers.chains import Chains, Evaluate, Population
-from alpenglow.samplers.problem import Noise, Problem, levels_of
+from alpenglow.samplers.problem import Noise, Problem, levels_of, rho_levels
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class AlpsOptions:
 
 def schedule(options: AlpsOptions) -> list[float]:
     """(sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i = 0 .. N - 1."""
-    high, low = options.sigma_max ** (1 / options.rho), options.sigma_min ** (1 / options.rho)
-    count = options.levels
-    return [(high + i / max(1, count - 1) * (low - high)) ** options.rho for i in range(count)]
+    return rho_levels(options.sigma_max, options.sigma_min, options.levels, options.rho)
 
 
 def step(

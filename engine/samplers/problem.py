@@ -119,6 +119,12 @@ def levels_of(sigma: float, count: int, like: Tensor) -> Tensor:
     return torch.full((count,), sigma, dtype=like.dtype, device=like.device)
 
 
+def rho_levels(high: float, low: float, count: int, rho: float) -> list[float]:
+    """`count` levels from `high` down to `low`, even in sigma^(1 / rho) (arXiv 2206.00364, eq. 5)."""
+    top, bottom = high ** (1 / rho), low ** (1 / rho)
+    return [(top + i / max(1, count - 1) * (bottom - top)) ** rho for i in range(count)]
+
+
 def geometric_levels(high: float, low: float, count: int) -> list[float]:
     """`count` levels from `high` down to `low`, equally spaced in log sigma."""
     ratio = math.log(low / high) / max(1, count - 1)

@@ -58,6 +58,7 @@ class Core:
     batch_size: rows that a prior sees at once, at most; "auto": found by measurement; None: what the prior
     says, all of a request's where it says nothing. max_memory: bytes for the state of all chains at once,
     None for half of the device's memory. Not thread-safe.
+    Raises ValueError for another max_memory.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Core:
         max_memory: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if max_memory is not None and not (type(max_memory) is int and max_memory > 0):
+            raise ValueError(f"max_memory is {max_memory!r}; expected a positive number of bytes, or None")
         self.waiting: list[Run] = []
         self.live: list[Run] = []
         self.work = Work()

@@ -36,8 +36,6 @@ class Scheduler:
     def __init__(self, *, batch_size: int | str | None = None, max_memory: int | None = None) -> None:
         if batch_size not in (None, "auto") and not (type(batch_size) is int and batch_size > 0):
             raise ValueError(f'batch_size is {batch_size!r}; expected a positive integer, "auto" or None')
-        if max_memory is not None and not (type(max_memory) is int and max_memory > 0):
-            raise ValueError(f"max_memory is {max_memory!r}; expected a positive number of bytes, or None")
         self._core = Core(batch_size=batch_size, max_memory=max_memory)
         self._names = itertools.count(1)
         self._wake = threading.Condition()  # its lock is an RLock: callbacks may come back
