@@ -64,6 +64,7 @@ def export_bundle(
             image_shape=prior.image_shape,
             units=prior.metadata.get("units", "[-1, 1]"),
             sigma_range=prior.sigma_range,
+            gradient_error=prior.gradient_error,
             precision=precision,
             class_label=prior.class_label,
             model=MODEL,

@@ -24,6 +24,7 @@ def in_precision(prior: NetworkPrior, precision: Precision) -> NetworkPrior:
         prior.image_shape,
         name=prior.name,
         sigma_range=prior.sigma_range,
+        gradient_error=prior.gradient_error,
         metadata=prior.metadata,
         precision=precision,
         class_label=prior.class_label,

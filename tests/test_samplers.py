@@ -98,10 +98,11 @@ def test_weights_do_no_harm_where_masses_hardly_change() -> None:
 def alps_std(s: float, observed: bool, eta: float, *, steps: int = 5) -> float:
     """The spread of the published recursion on one pixel with prior N(0, s^2), by its variance alone."""
     options = alps.AlpsOptions(steps=steps)
-    variance = options.sigma_max**2
+    variance = 0.0
     for sigma in alps.schedule(options):
         precision = observed / eta**2 + 1 / sigma**2
         contraction = s**2 / (s**2 + sigma**2) / sigma**2 / precision
+        variance += 1 / precision
         for inner in range(steps):
             variance = contraction**2 * variance + (inner < steps - 1) / precision
     return math.sqrt(variance)

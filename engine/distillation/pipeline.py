@@ -173,27 +173,32 @@ def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> Non
     teacher, energy = distill(recipe, folder, source=source, workers=workers, processes=processes)
     if not processes.first:
         return
-    sigma_range = (max(LOWEST_LEVEL, recipe.sigma.low), recipe.sigma.high)
-    weights = folder / f"{recipe.name}.safetensors"
-    kinds: list[tuple[Path, EDMDenoiser, Kind, torch.dtype]] = [(weights, energy, "energy", torch.float16)]
-    if isinstance(recipe.teacher, StageConfig):
-        assert isinstance(teacher, EDMDenoiser)
-        kinds.append((folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32))
-    for path, denoiser, kind, dtype in kinds:
+    floor = recipe.data.noise_floor
+
+    def save(path: Path, denoiser: EDMDenoiser, kind: Kind, dtype: torch.dtype, error: float | None) -> None:
         save_denoiser(
             path,
             denoiser,
             name=recipe.name,
             image_shape=source.image_shape,
             kind=kind,
-            sigma_range=sigma_range,
+            # Below the noise floor of its images a prior knows nothing but the floor.
+            sigma_range=(max(LOWEST_LEVEL, recipe.sigma.low, floor), recipe.sigma.high),
+            gradient_error=error,
             units=recipe.units,
             dtype=dtype,
         )
+
+    weights = folder / f"{recipe.name}.safetensors"
+    save(weights, energy, "energy", torch.float16, None)
+    if isinstance(recipe.teacher, StageConfig):
+        assert isinstance(teacher, EDMDenoiser)
+        save(folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32, None)
     classes = _label_dim(energy)
     # What is measured is the file; of a class-conditional prior, class 0.
     prior = load_prior(weights, class_label=0 if classes else None)
-    report = report_prior(prior, teacher, source, noise_floor=recipe.data.noise_floor)
+    report = report_prior(prior, teacher, source, noise_floor=floor)
+    save(weights, energy, "energy", torch.float16, report.mean_gradient_error)
     logs = (folder / "teacher.jsonl", folder / "energy.jsonl")
     write_card(
         folder / f"{recipe.name}.md",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -40,6 +40,8 @@ class Metadata(_Strict):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     denoiser: DenoiserConfig
     sigma_range: tuple[PositiveFloat, PositiveFloat]
+    gradient_error: NonNegativeFloat | None = None
+    """Relative error of an energy's gradient against its teacher's, as its card has it; None: not measured."""
     units: str = "[-1, 1]"
     """What the values of an image mean."""
     extra: dict[str, Any] = {}
@@ -53,6 +55,7 @@ def save_denoiser(
     image_shape: tuple[int, int, int],
     kind: Kind = "energy",
     sigma_range: tuple[float, float] = (0.01, 80.0),
+    gradient_error: float | None = None,
     units: str = "[-1, 1]",
     extra: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
@@ -80,6 +83,7 @@ def save_denoiser(
                 "image_shape": image_shape,
                 "denoiser": denoiser.config,
                 "sigma_range": sigma_range,
+                "gradient_error": gradient_error,
                 "units": units,
                 "extra": extra or {},
             }

@@ -15,11 +15,13 @@ class BatchedPrior:
     `batch_size` images, the last batch padded with copies.
 
     image_shape: (C, H, W). dtype and device: of what `run` takes. sigma_range: the levels it was trained for.
+    gradient_error: relative error of G.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     sigma_range: tuple[float, float]
+    gradient_error: float
     dtype: torch.dtype
     device: torch.device
     _batch_size: int | None = None

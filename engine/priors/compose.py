@@ -15,6 +15,7 @@ class _Experts:
     def __init__(self, experts: Sequence[Prior]) -> None:
         self.experts = tuple(experts)
         ranges = [getattr(prior, "sigma_range", (0.0, math.inf)) for prior in experts]
+        self.gradient_error = max(getattr(prior, "gradient_error", 0.0) for prior in experts)
         self.sigma_range = (max(low for low, _ in ranges), min(high for _, high in ranges))
         if self.sigma_range[0] >= self.sigma_range[1]:
             raise ValueError(f"the priors have no noise level in common: their sigma_range are {ranges}")

@@ -59,6 +59,7 @@ def load_prior(
         metadata.image_shape,
         name=metadata.name,
         sigma_range=metadata.sigma_range,
+        gradient_error=metadata.gradient_error,
         metadata=metadata.model_dump(by_alias=True),
         batch_size=batch_size,
         precision=precision,

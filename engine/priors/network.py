@@ -22,13 +22,17 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
+UNMEASURED_ERROR = 0.1
+"""Gradient error of a network whose file does not state one: what the zoo's priors have."""
+
 
 class NetworkPrior(BatchedPrior):
     """Energy prior E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2 with psi an EDMDenoiser (DESIGN 1).
 
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
-    are in the prior's units; `sigma_range` is the span of levels it was trained for. `precision` float16
-    and bfloat16 run the network F alone in half precision.
+    are in the prior's units; `sigma_range` is the span of levels it was trained for. `gradient_error`: the
+    relative error of G, which tells samplers how far to trust it; None, not measured, counts as 0.1.
+    `precision` float16 and bfloat16 run the network F alone in half precision.
 
     `batch_size` images go through the network at once, see BatchedPrior. Another one, another machine or
     number of CPU threads does change the last bits. Default: 16 on CPU, 64 on a GPU; where single
@@ -46,6 +50,7 @@ class NetworkPrior(BatchedPrior):
         *,
         name: str = "network",
         sigma_range: tuple[float, float] = (0.01, 80.0),
+        gradient_error: float | None = None,
         metadata: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
         precision: Precision | None = None,
@@ -66,6 +71,7 @@ class NetworkPrior(BatchedPrior):
         self.class_label = class_label
         self.name = name
         self.sigma_range = (float(sigma_range[0]), float(sigma_range[1]))
+        self.gradient_error = UNMEASURED_ERROR if gradient_error is None else float(gradient_error)
         self.metadata = dict(metadata or {})
         self._batch_size = batch_size
         self.denoiser = denoiser.requires_grad_(False).eval()
@@ -135,6 +141,7 @@ class NetworkPrior(BatchedPrior):
             name=self.name,
             image_shape=self.image_shape,
             sigma_range=self.sigma_range,
+            gradient_error=self.gradient_error,
             units=self.metadata.get("units", "[-1, 1]"),
             extra=self.metadata.get("extra", {}),
             dtype=dtype,

@@ -45,15 +45,22 @@ def step(
 
 
 def chains(problem: Problem, noise: Noise, options: AlpsOptions) -> Chains[Population]:
-    """One sample for each chain of `noise`; chains start at sigma_max times standard normals."""
+    """One sample for each chain of `noise`, by the authors' code (JyoChand/ALPS).
+
+    Chains start at P A^T y / eta^2 + P^(1/2) n; the last step of a level is without noise, and what goes to
+    the next level gets that level's.
+    """
     problem = replace(problem, operator=problem.operator.with_published_noise())
     count = len(noise.chain_ids)
-    x = options.sigma_max * noise.at(0, problem.dtype)(problem.image_shape)
-    z = problem.to_basis(x)
-    energy = torch.zeros(count, dtype=x.dtype, device=x.device)
+    nothing = torch.zeros(count, *problem.image_shape, dtype=problem.dtype, device=noise.chain_ids.device)
+    levels = [levels_of(level, count, nothing) for level in schedule(options)]
+    start = problem.to_basis(nothing)
+    z = problem.step(start, None, nothing, levels[0], StepWeights(z_w=1.0), noise.counters(0)).z
+    energy = torch.zeros(count, dtype=problem.dtype, device=nothing.device)
     iteration = 0
-    for level in schedule(options):
-        sigma = levels_of(level, count, x)
+    for index, sigma in enumerate(levels):
+        if index:
+            z = z + problem.draw_in_basis(noise.counters(iteration), sigma)
         for inner in range(options.steps):
             iteration += 1
             last = inner == options.steps - 1

@@ -38,7 +38,7 @@ class CalibratedOptions:
     weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
     0.01). step_size: h, and modal_step_size where the pilot's chains ended in separate modes: the error of a
     large step moves mass between modes before they part. memory_limit: the largest share of momentum kept
-    in a step (0: Leimkuhler-Matthews).
+    in a step (0: Leimkuhler-Matthews); of a prior that is only approximately known, see `trusted_memory`.
     """
 
     nfe: int = 100
@@ -49,6 +49,16 @@ class CalibratedOptions:
     step_size: float = 1.5
     modal_step_size: float = 0.7
     memory_limit: float = kinetic.LARGEST_MEMORY
+
+
+def trusted_memory(step_size: float, gradient_error: float) -> float:
+    """The share of momentum to keep at most where the prior's gradient has a relative error.
+
+    At level sigma a direction of standard deviation s is held by a share sigma^2 / s^2 of the gradient, which
+    an error hides where s > sigma / gradient_error^(1/2). Friction that is critical for that width (kinetic.py)
+    settles every direction that the prior knows; with less, chains walk off along those it does not know.
+    """
+    return math.exp(-2 * step_size * math.sqrt(gradient_error))
 
 
 @dataclass(frozen=True)

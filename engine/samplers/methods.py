@@ -63,6 +63,11 @@ def options_of(method: str, given: dict[str, Any], prior: Any) -> Any:
     if method == "calibrated" and "sigma_range" not in options:
         smallest, largest = kind.sigma_range
         options["sigma_range"] = (min(smallest, high), min(largest, high))
+    if method == "calibrated" and "memory_limit" not in options:
+        trusted = calibrated.trusted_memory(
+            options.get("step_size", kind.step_size), getattr(prior, "gradient_error", 0.0)
+        )
+        options["memory_limit"] = min(kind.memory_limit, trusted)
     chosen = kind(**options)
     check_numbers(f'method "{method}"', chosen)
     return chosen
