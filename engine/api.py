@@ -93,7 +93,7 @@ def find_map(
 ) -> MapEstimate:
     """The image of highest posterior density at a small level sigma, by a monotone minimisation.
 
-    Arguments as for `sample`; options: sigma, sigma_max, levels, tolerance (see MapOptions). Returns image
+    Arguments as for `sample`; options: sigma, sigma_max, levels, tolerance, gradient_error (see MapOptions). Returns image
     [C, H, W], objective (a list that never rises), converged, nfe. Raises ValueError on bad input.
     """
     problem = as_problem(prior, operator, y, noise_std)
@@ -101,7 +101,11 @@ def find_map(
         raise ValueError(f"max_iterations is {max_iterations!r}; expected a positive integer")
     check_names("find_map", options, map_estimate.MapOptions)
     low, high = getattr(prior, "sigma_range", (0.0, math.inf))
-    limits: dict[str, Any] = {"sigma": max(map_estimate.MapOptions.sigma, low), "sigma_max": min(20.0, high)}
+    limits: dict[str, Any] = {
+        "sigma": max(map_estimate.MapOptions.sigma, low),
+        "sigma_max": min(20.0, high),
+        "gradient_error": getattr(prior, "gradient_error", 0.0),
+    }
     chosen = map_estimate.MapOptions(**(limits | options | {"max_iterations": max_iterations}))
     check_numbers("find_map", chosen)
     estimate = map_estimate.find(problem, chosen, _reporter(progress, chosen.levels + max_iterations))

@@ -44,8 +44,8 @@ def interval_width(posterior: Posterior, level: float = 0.9) -> float:
 
 
 def error_correlation(posterior: Posterior, truth: Tensor) -> float:
-    """Pearson correlation over pixels of posterior std and absolute error of the mean; NaN if either is
-    constant."""
+    """Pearson correlation over pixels of posterior std and absolute error of the mean, against the truth
+    [C, H, W]; NaN if either is constant."""
     error = (posterior.mean - _matching(truth, posterior.mean)).abs()
     return torch.corrcoef(torch.stack([posterior.std.flatten(), error.flatten()]).double())[0, 1].item()
 

@@ -88,6 +88,15 @@ def merge(a: RunningMoments, b: RunningMoments) -> RunningMoments:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a sample needs to enter a reservoir: a key above `least`, by `seed` and its chain id."""
+
+    capacity: int
+    seed: int
+    least: float
+
+
+@dataclass(frozen=True)
 class Reservoir:
     """A uniform random subset, of at most `capacity` whole samples, of a stream of samples.
 
@@ -118,6 +127,12 @@ class Reservoir:
         keys = torch.empty(0, dtype=torch.float64, device=device)
         return cls(capacity, seed, 0, keys, torch.empty(0, *image_shape, device=device))
 
+    @property
+    def entry(self) -> Entry:
+        """What a further sample needs to enter."""
+        full = len(self.keys) == self.capacity
+        return Entry(self.capacity, self.seed, self.keys[-1].item() if full else -1.0)
+
 
 def _uniform_keys(chains: Tensor, seed: int) -> Tensor:
     """One number in [0, 1) for each chain id (SplitMix64: Steele, Lea & Flood 2014)."""
@@ -143,10 +158,24 @@ def collect(reservoir: Reservoir, batch: Tensor, chains: Tensor) -> Reservoir:
             f"got a batch {tuple(batch.shape)} and chain ids {tuple(chains.shape)}; expected samples "
             f"{tuple(reservoir.samples.shape[1:])} and one id a sample"
         )
-    keys = torch.cat([reservoir.keys, _uniform_keys(chains, reservoir.seed).to(reservoir.keys.device)])
+    return unite(reservoir, candidates(reservoir.entry, batch, chains))
+
+
+def candidates(entry: Entry, batch: Tensor, chains: Tensor) -> Reservoir:
+    """Those of the samples `batch` [B, C, H, W], chains `chains` [B], that may enter a reservoir."""
+    keys = _uniform_keys(chains, entry.seed)
+    best = keys.topk(min(entry.capacity, len(keys)))
+    kept = best.indices[best.values > entry.least]
+    samples = batch[kept.to(batch.device)]
+    return Reservoir(entry.capacity, entry.seed, len(batch), keys[kept].to(batch.device), samples)
+
+
+def unite(reservoir: Reservoir, other: Reservoir) -> Reservoir:
+    """The reservoir of both streams, whose chains differ, on the device of the first."""
+    keys = torch.cat([reservoir.keys, other.keys.to(reservoir.keys.device)])
     kept = keys.topk(min(reservoir.capacity, len(keys))).indices
-    samples = torch.cat([reservoir.samples, batch.to(reservoir.samples)])[kept]
-    return replace(reservoir, seen=reservoir.seen + len(batch), keys=keys[kept], samples=samples)
+    samples = torch.cat([reservoir.samples, other.samples.to(reservoir.samples)])[kept]
+    return replace(reservoir, seen=reservoir.seen + other.seen, keys=keys[kept], samples=samples)
 
 
 def _by_pixels(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:

@@ -5,7 +5,15 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from alpenglow.io.files import atomic_path
 from alpenglow.priors.network import Precision
@@ -42,7 +50,7 @@ class Manifest(_Strict):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     units: str
     sigma_range: tuple[PositiveFloat, PositiveFloat]
-    gradient_error: NonNegativeFloat = 0.1
+    gradient_error: NonNegativeFloat = 0.2
     precision: Precision
     class_label: int | None
     model: str

@@ -29,6 +29,10 @@ EVALUATION_VALUES, MOST_IMAGES = 2**21, 256
 COVERAGE_VALUES, MOST_COVERAGE_IMAGES = 2**16, 16
 
 
+LARGEST_ERROR = 0.2
+"""Relative gradient error from which on a level does samplers more harm than good (DESIGN 2)."""
+
+
 @dataclass(frozen=True)
 class PriorReport:
     """All that is measured of a prior; `levels` and `ranking` have one row a level."""
@@ -36,6 +40,10 @@ class PriorReport:
     levels: list[dict[str, float]]
     mean_gradient_error: float
     """Over levels in AVERAGED, evenly in log sigma."""
+    sigma_range: tuple[float, float]
+    """The levels to use the prior at, see `trusted_levels`."""
+    largest_gradient_error: float
+    """Within sigma_range."""
     gradient_consistency: float
     """Of `energy_consistency`."""
     ranking: list[dict[str, float]]
@@ -68,16 +76,42 @@ def report_prior(
     low, high = prior.sigma_range
     levels = evaluate_prior(prior, teacher, images, [s for s in sigmas if low <= s <= high])
     figures = {"held-out images in these tables": len(images)} | _baseline(prior, images)
+    trusted, error = trusted_levels(levels, prior.sigma_range)
     covered = max(1, min(MOST_COVERAGE_IMAGES, COVERAGE_VALUES // math.prod(prior.image_shape)))
     return PriorReport(
         levels=levels,
         mean_gradient_error=_log_mean([(r["sigma"], r["gradient_error"]) for r in levels]),
+        sigma_range=trusted,
+        largest_gradient_error=error,
         gradient_consistency=energy_consistency(prior.denoiser, images[:2].cpu()),
         ranking=rank_energies(prior, images, [s for s in RANKING_SIGMAS if low <= s <= high]),
-        figures=figures | _coverage(prior, clean[:covered], noise_floor),
+        figures=figures | _coverage(prior.trusted(trusted, error), clean[:covered], noise_floor),
         samples=draw_unconditional(prior, len(images[:SHOWN])),
         images=images[:SHOWN].cpu(),
     )
+
+
+def trusted_levels(
+    levels: list[dict[str, float]], sigma_range: tuple[float, float]
+) -> tuple[tuple[float, float], float]:
+    """The part of `sigma_range` above the highest level whose gradient error exceeds LARGEST_ERROR.
+
+    levels: of `evaluate_prior`, in rising order; between them the error is taken as linear in log sigma. Also
+    returns the largest error of what is left. What is left ends at the highest level, however large the error.
+    """
+    (low, high), worst = sigma_range, 0.0
+    points = [(math.log(row["sigma"]), row["gradient_error"]) for row in levels]
+    for index in range(len(points) - 1, -1, -1):
+        log_sigma, error = points[index]
+        if error > LARGEST_ERROR:
+            if index + 1 < len(points):
+                above, below = points[index + 1], points[index]
+                share = (LARGEST_ERROR - above[1]) / (below[1] - above[1])
+                low = math.exp(above[0] + share * (below[0] - above[0]))
+                return (max(low, sigma_range[0]), high), LARGEST_ERROR
+            return (min(max(math.exp(log_sigma), low), high), high), error
+        worst = max(worst, error)
+    return (low, high), worst
 
 
 @torch.no_grad()

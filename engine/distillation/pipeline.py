@@ -174,31 +174,31 @@ def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> Non
     if not processes.first:
         return
     floor = recipe.data.noise_floor
+    # Below the noise floor of its images a prior knows nothing but the floor.
+    trained = (max(LOWEST_LEVEL, recipe.sigma.low, floor), recipe.sigma.high)
 
-    def save(path: Path, denoiser: EDMDenoiser, kind: Kind, dtype: torch.dtype, error: float | None) -> None:
+    def save(
+        path: Path, denoiser: EDMDenoiser, kind: Kind, dtype: torch.dtype, *,
+        sigma_range: tuple[float, float] = trained, error: float | None = None,
+    ) -> None:  # fmt: skip
         save_denoiser(
-            path,
-            denoiser,
-            name=recipe.name,
-            image_shape=source.image_shape,
-            kind=kind,
-            # Below the noise floor of its images a prior knows nothing but the floor.
-            sigma_range=(max(LOWEST_LEVEL, recipe.sigma.low, floor), recipe.sigma.high),
-            gradient_error=error,
-            units=recipe.units,
-            dtype=dtype,
-        )
+            path, denoiser, name=recipe.name, image_shape=source.image_shape, kind=kind,
+            sigma_range=sigma_range, gradient_error=error, units=recipe.units, dtype=dtype,
+        )  # fmt: skip
 
     weights = folder / f"{recipe.name}.safetensors"
-    save(weights, energy, "energy", torch.float16, None)
+    save(weights, energy, "energy", torch.float16)
     if isinstance(recipe.teacher, StageConfig):
         assert isinstance(teacher, EDMDenoiser)
-        save(folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32, None)
+        save(folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32)
     classes = _label_dim(energy)
     # What is measured is the file; of a class-conditional prior, class 0.
     prior = load_prior(weights, class_label=0 if classes else None)
     report = report_prior(prior, teacher, source, noise_floor=floor)
-    save(weights, energy, "energy", torch.float16, report.mean_gradient_error)
+    save(
+        weights, energy, "energy", torch.float16,
+        sigma_range=report.sigma_range, error=report.largest_gradient_error,
+    )  # fmt: skip
     logs = (folder / "teacher.jsonl", folder / "energy.jsonl")
     write_card(
         folder / f"{recipe.name}.md",

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -41,7 +49,7 @@ class Metadata(_Strict):
     denoiser: DenoiserConfig
     sigma_range: tuple[PositiveFloat, PositiveFloat]
     gradient_error: NonNegativeFloat | None = None
-    """Relative error of an energy's gradient against its teacher's, as its card has it; None: not measured."""
+    """Largest relative error of an energy's gradient in sigma_range, against its teacher's; None: not measured."""
     units: str = "[-1, 1]"
     """What the values of an image mean."""
     extra: dict[str, Any] = {}

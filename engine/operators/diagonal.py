@@ -25,7 +25,7 @@ class DiagonalOperator(LinearOperator):
 
     @abc.abstractmethod
     def adjoint_coefficients(self, y: Tensor) -> Tensor:
-        """U A^T y, computed without a round trip through the image, so that it is 0 where m is."""
+        """U A^T y, in the shape of `to_basis`, without a round trip through the image: 0 where m is 0."""
 
     @property
     def half_spectrum(self) -> bool:
@@ -33,7 +33,7 @@ class DiagonalOperator(LinearOperator):
         return False
 
     def to_basis(self, x: Tensor) -> Tensor:
-        """U x, up to a constant factor that `from_basis` takes back."""
+        """U x of images [B, C, H, W], up to a constant factor that `from_basis` takes back."""
         return x
 
     def from_basis(self, coefficients: Tensor, image_shape: tuple[int, ...]) -> Tensor:
@@ -76,12 +76,12 @@ class DiagonalOperator(LinearOperator):
         return self._filter(x, lambda m: m.to(x.dtype))
 
     def solve(self, b: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """P b; see LinearOperator.solve."""
+        """P b [B, C, H, W]; see LinearOperator.solve."""
         level = per_image(sigma, b).square()
         return self._filter(b, lambda m: level * (noise_std**2 / (m * level + noise_std**2)))
 
     def conditional_mean(self, y: Tensor, prior_mean: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """P (A^T y / noise_std^2 + prior_mean / sigma^2); see LinearOperator.conditional_mean."""
+        """P (A^T y / noise_std^2 + prior_mean / sigma^2), [B, C, H, W]; see LinearOperator."""
         # In the basis both gains are bounded and positive, and an error e in y moves the mean by at most
         # e sigma / (2 noise_std): rounding acts like noise far below noise_std.
         level = per_image(sigma, prior_mean).square()

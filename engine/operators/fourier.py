@@ -83,7 +83,7 @@ class FourierSampling(DiagonalOperator):
 
     @torch.inference_mode(False)  # so that a later gradient may use what is kept
     def eigenvalues(self, image: Tensor) -> Tensor:
-        """The mask in FFT order; for real images, the half spectrum of its mean with its mirror image."""
+        """The mask [H, W] in FFT order; for real images the mean with its mirror image, [H, W // 2 + 1]."""
         if image.dtype not in self._eigenvalues:
             mask = torch.fft.ifftshift(self.mask).to(image.dtype)
             if self.channels == 1:

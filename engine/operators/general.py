@@ -24,7 +24,7 @@ class IterativeOperator(LinearOperator):
         self.max_iterations = positive_integer(max_iterations, "max_iterations")
 
     def precondition(self, residual: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """An approximation of P residual, up to a factor per image; the residual itself by default."""
+        """About P residual [B, C, H, W], up to a factor per image; the residual itself by default."""
         return residual
 
     def solve(self, b: Tensor, sigma: Tensor, noise_std: float, *, guess: Tensor | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class FunctionOperator(IterativeOperator):
         self._is_complex: bool | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """A x; see LinearOperator.forward."""
+        """A x: images [B, C, H, W] to measurements [B, ...]."""
         y = self._forward(x)
         if y.ndim < 1 or len(y) != len(x):
             raise ValueError(
@@ -122,7 +122,7 @@ class FunctionOperator(IterativeOperator):
         return y
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y; see LinearOperator.adjoint."""
+        """A^T y: measurements [B, ...] to images [B, C, H, W]."""
         x = self._adjoint(y)
         if x.is_complex() or x.ndim != 4:
             raise ValueError(
@@ -132,7 +132,7 @@ class FunctionOperator(IterativeOperator):
         return x
 
     def precondition(self, residual: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """The user's preconditioner, or the residual itself."""
+        """The user's preconditioner of residuals [B, C, H, W], or the residuals themselves."""
         return residual if self._preconditioner is None else self._preconditioner(residual, sigma, noise_std)
 
     @property

@@ -20,7 +20,7 @@ Shape = tuple[int, int]
 
 
 def random_1d(shape: Shape, acceleration: float, *, calibration: float = 0.08, seed: int = 0) -> Tensor:
-    """Whole columns: those of the calibration block, and others drawn uniformly without replacement."""
+    """Whole columns, bool [H, W]: the calibration block, and others drawn uniformly without replacement."""
     line, count = _centre((_size(shape)[1],), acceleration, calibration)
     others = (~line).nonzero()[:, 0]
     line[others[torch.randperm(len(others), generator=_generator(seed))[:count]]] = True
@@ -28,7 +28,7 @@ def random_1d(shape: Shape, acceleration: float, *, calibration: float = 0.08, s
 
 
 def equispaced_1d(shape: Shape, acceleration: float, *, calibration: float = 0.08, offset: int = 0) -> Tensor:
-    """Whole columns: those of the calibration block, and every so many of the others.
+    """Whole columns, bool [H, W]: those of the calibration block, and every so many of the others.
 
     The spacing is counted over the columns outside the block and rounded to whole ones, as far as it is no
     integer; offset: by how many columns the first lies off the edge, modulo the spacing.
@@ -44,7 +44,7 @@ def equispaced_1d(shape: Shape, acceleration: float, *, calibration: float = 0.0
 
 
 def random_2d(shape: Shape, acceleration: float, *, calibration: float = 0.08, seed: int = 0) -> Tensor:
-    """Single points: the calibration box, and others drawn uniformly without replacement."""
+    """Single points, bool [H, W]: the calibration box, and others drawn uniformly without replacement."""
     mask, count = _centre(_size(shape), acceleration, calibration)
     others = (~mask).flatten().nonzero()[:, 0]
     mask.view(-1)[others[torch.randperm(len(others), generator=_generator(seed))[:count]]] = True
@@ -52,7 +52,7 @@ def random_2d(shape: Shape, acceleration: float, *, calibration: float = 0.08, s
 
 
 def poisson_disc(shape: Shape, acceleration: float, *, calibration: float = 0.08, seed: int = 0) -> Tensor:
-    """Single points: the calibration box, and others of uniform density that keep a distance.
+    """Single points, bool [H, W]: the calibration box, and others, evenly dense, that keep a distance.
 
     Points are tried in random order, and taken where none of those taken lies closer than a radius. The
     radius is the largest, in samples, at which the acceleration is met. Source: dart throwing, Cook, ACM

@@ -13,19 +13,19 @@ class Denoising(DiagonalOperator):
     """A = I: the measurement is the image, [C, H, W], with noise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
+        """x [B, C, H, W] itself."""
         return x
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """y itself."""
+        """y [B, C, H, W] itself."""
         return y
 
     def adjoint_coefficients(self, y: Tensor) -> Tensor:
-        """y itself."""
+        """y [B, C, H, W] itself."""
         return y
 
     def eigenvalues(self, image: Tensor) -> Tensor:
-        """1."""
+        """1, a scalar []."""
         return image.new_ones(())
 
 
@@ -54,17 +54,17 @@ class Inpainting(DiagonalOperator):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x where measured, 0 elsewhere."""
+        """x [B, C, H, W] where measured, 0 elsewhere."""
         return x * self.mask
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """y where measured, 0 elsewhere."""
+        """y [B, C, H, W] where measured, 0 elsewhere."""
         return y * self.mask
 
     def adjoint_coefficients(self, y: Tensor) -> Tensor:
-        """y where measured, 0 elsewhere."""
+        """y [B, C, H, W] where measured, 0 elsewhere."""
         return y * self.mask
 
     def eigenvalues(self, image: Tensor) -> Tensor:
-        """The mask."""
+        """The mask, bool [1 or C, H, W]."""
         return self.mask

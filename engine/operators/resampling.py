@@ -66,13 +66,13 @@ class SuperResolution(LinearOperator):
         return self._spread(self._spread(y, -1), -2)
 
     def solve(self, b: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """P b; see LinearOperator.solve."""
+        """P b [B, C, H, W]; see LinearOperator.solve."""
         level = per_image(sigma, b).square()
         seen = self._filter_small(self.forward(b), lambda m: level / (noise_std**2 + level * m))
         return level * (b - self.adjoint(seen))
 
     def conditional_mean(self, y: Tensor, prior_mean: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
-        """P (A^T y / noise_std^2 + prior_mean / sigma^2); see LinearOperator.conditional_mean."""
+        """P (A^T y / noise_std^2 + prior_mean / sigma^2), [B, C, H, W]; see LinearOperator."""
         # P A^T / noise_std^2 = sigma^2 A^T diag(1 / s^2) has no difference of large numbers, as P has.
         level = per_image(sigma, prior_mean).square()
         residual = y - self.forward(prior_mean)

@@ -46,7 +46,7 @@ class Convolution(DiagonalOperator):
         return irfft2(self.adjoint_coefficients(y), y.shape[-1])
 
     def adjoint_coefficients(self, y: Tensor) -> Tensor:
-        """The half spectrum of A^T y."""
+        """The half spectrum of A^T y, complex [B, C, H, W // 2 + 1]."""
         return multiply(rfft2(y), self._transfer(y)[0].conj())
 
     def eigenvalues(self, image: Tensor) -> Tensor:
@@ -59,11 +59,11 @@ class Convolution(DiagonalOperator):
         return True
 
     def to_basis(self, x: Tensor) -> Tensor:
-        """The half spectrum of x."""
+        """The half spectrum of x [B, C, H, W], complex [B, C, H, W // 2 + 1]."""
         return rfft2(x)
 
     def from_basis(self, coefficients: Tensor, image_shape: tuple[int, ...]) -> Tensor:
-        """The image of a half spectrum."""
+        """The images [B, C, H, W] of half spectra [B, C, H, W // 2 + 1]."""
         return irfft2(coefficients, image_shape[-1])
 
     @torch.inference_mode(False)  # so that a later gradient may use what is kept

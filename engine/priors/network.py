@@ -22,8 +22,8 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-UNMEASURED_ERROR = 0.1
-"""Gradient error of a network whose file does not state one: what the zoo's priors have."""
+UNMEASURED_ERROR = 0.2
+"""Gradient error of a network whose file does not state one: what the zoo's priors have at their lowest level."""
 
 
 class NetworkPrior(BatchedPrior):
@@ -31,7 +31,7 @@ class NetworkPrior(BatchedPrior):
 
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
     are in the prior's units; `sigma_range` is the span of levels it was trained for. `gradient_error`: the
-    relative error of G, which tells samplers how far to trust it; None, not measured, counts as 0.1.
+    largest relative error of G there, which tells samplers how far to trust it; None, not measured, counts as 0.2.
     `precision` float16 and bfloat16 run the network F alone in half precision.
 
     `batch_size` images go through the network at once, see BatchedPrior. Another one, another machine or
@@ -112,6 +112,12 @@ class NetworkPrior(BatchedPrior):
         moved.denoiser = copy.deepcopy(self.denoiser).to(device)
         moved.device = next(moved.denoiser.parameters()).device
         return moved
+
+    def trusted(self, sigma_range: tuple[float, float], gradient_error: float) -> "NetworkPrior":
+        """This prior for other levels, where its gradient has that relative error at most."""
+        other = copy.copy(self)
+        other.sigma_range, other.gradient_error = sigma_range, gradient_error
+        return other
 
     @property
     def size_multiple(self) -> int:

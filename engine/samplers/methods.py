@@ -89,7 +89,7 @@ def check_numbers(what: str, options: Any) -> None:
         elif option.type in (int, "int"):
             good = type(value) is int and value >= 1
         elif option.type in (float, "float"):
-            zero = name in ("memory", "memory_limit")
+            zero = name in ("memory", "memory_limit", "gradient_error")
             good = (
                 isinstance(value, int | float)
                 and math.isfinite(value)

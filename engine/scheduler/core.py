@@ -15,16 +15,14 @@ from torch import Tensor
 
 from alpenglow.priors.protocol import Prior
 from alpenglow.samplers.chains import Answer
-from alpenglow.scheduler.errors import RequestTimeoutError, SamplingError
 from alpenglow.scheduler.lane import Lane
+from alpenglow.scheduler.ledger import Ledger
 from alpenglow.scheduler.memory import device_memory
 from alpenglow.scheduler.request import Request
-from alpenglow.scheduler.run import Run
+from alpenglow.scheduler.run import Body, Run
 
 log = logging.getLogger("alpenglow.scheduler")
 
-AGEING = 100
-"""Turns of waiting that count as one more of priority."""
 MEMORY_SHARE = 0.5
 """Of the memory of a device, for chains; the rest is the network's."""
 
@@ -81,17 +79,22 @@ class Core:
         self._lanes: dict[int, tuple[Prior, Lane]] = {}
         self._last_lane = 0
 
-    def make(self, request: Request, publish: Callable[[], None] = lambda: None) -> Run:
-        """A run of `request`; `publish` is called when it has something new."""
-        limit = self._limit(request.problem.y.device)
-        return Run(request, max_memory=limit, publish=publish, clock=self._clock)
+    def make(
+        self,
+        request: Request,
+        publish: Callable[[Ledger], None] = lambda run: None,
+        body: Body | None = None,
+    ) -> Run:
+        """A run of `request`, or of the part of it that `body` is; see Run."""
+        limit = self.memory_limit(request.problem.y.device)
+        return Run(request, max_memory=limit, publish=publish, clock=self._clock, body=body)
 
     def queue(self, run: Run) -> None:
         """Serve `run` from the next turn on."""
         run.last_served = self.turns
         self.waiting.append(run)
 
-    def _limit(self, device: torch.device) -> int:
+    def memory_limit(self, device: torch.device) -> int:
         """Bytes for the state of chains on a device."""
         if device not in self._limits:
             self._limits[device] = self._max_memory or int(MEMORY_SHARE * device_memory(device))
@@ -113,18 +116,9 @@ class Core:
         return bool(self.live or self.waiting)
 
     def _expire(self) -> None:
-        now = self._clock()
         for run in (*self.live, *self.waiting):
-            if run.cancelled:
-                run.fail(SamplingError(f"{run.where()}: cancelled"))
-            elif now > run.deadline:
-                finished = run.finished.count
-                run.fail(
-                    RequestTimeoutError(
-                        f"{run.where()}: the timeout of {run.request.timeout:g} s is over; {finished} chains "
-                        "are finished (see `partial`)"
-                    )
-                )
+            if (error := run.overdue()) is not None:
+                run.fail(error)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -133,21 +127,16 @@ class Core:
 
     def _admit(self) -> None:
         """Start waiting runs while their chains fit, strictly in order, so that large ones get their turn."""
-        for run in sorted(self.waiting, key=self._order):
+        for run in sorted(self.waiting, key=_turn_order):
             device = run.request.problem.y.device
             others = [other for other in self.live if other.request.problem.y.device == device]
-            if others and sum(other.memory for other in others) + run.memory > self._limit(device):
+            if others and sum(other.memory for other in others) + run.memory > self.memory_limit(device):
                 return
             self.waiting.remove(run)
             run.last_served = self.turns - 1  # before those that this turn serves
             run.start()
             if not run.done:
                 self.live.append(run)
-
-    def _order(self, run: Run) -> tuple[float, float, int]:
-        """Higher priority, which grows by waiting, then the nearer deadline, then the longer wait."""
-        waited = self.turns - run.last_served
-        return -(run.request.priority + waited // AGEING), run.deadline, run.last_served
 
     def _next_lane(self) -> Lane | None:
         """The priors that are waited for, in turn."""
@@ -165,7 +154,8 @@ class Core:
     def _fill(self, lane: Lane) -> list[Piece]:
         """The rows of the next batch."""
         key = self._last_lane
-        runs = sorted((r for r in self.live if id(r.request.problem.prior) == key), key=self._order)
+        mine = [run for run in self.live if id(run.request.problem.prior) == key]
+        runs = sorted(mine, key=_turn_order)
         pieces = []
         room = lane.capacity
         for run in runs if lane.slots is not None else runs[:1]:
@@ -256,6 +246,10 @@ class Core:
                 if answer is not None and not piece.run.done:
                     piece.run.give(*answer)
         self.work.chain_seconds += time.perf_counter() - began
+
+
+def _turn_order(run: Run) -> tuple[int, float, int]:
+    return run.turn_order
 
 
 def _finite(x: Tensor) -> bool:

@@ -4,9 +4,13 @@ from alpenglow.posterior import Posterior
 
 
 class SamplingError(RuntimeError):
-    """A request that failed; `partial` holds what its finished populations gave, None where none was."""
+    """A request that failed; `partial` holds what its finished populations gave, None where none was.
+
+    out_of_memory: whether memory ran out.
+    """
 
     partial: Posterior | None = None
+    out_of_memory: bool = False
 
 
 class RequestTimeoutError(SamplingError, TimeoutError):

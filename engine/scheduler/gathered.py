@@ -13,7 +13,16 @@ from alpenglow.posterior import Posterior
 from alpenglow.samplers.chains import Population
 from alpenglow.scheduler.moments import Moments, merge, merged
 from alpenglow.scheduler.stopping import GROUPS
-from alpenglow.statistics import Reservoir, RunningMoments, collect, sample_statistics, update
+from alpenglow.statistics import (
+    Entry,
+    Reservoir,
+    RunningMoments,
+    candidates,
+    sample_statistics,
+    unite,
+    update,
+)
+from alpenglow.statistics import merge as merge_running
 
 _MERGES: dict[str, Callable[[Sequence[Any]], Any]] = {
     "modes": max,
@@ -63,6 +72,30 @@ class Gathered:
             reservoir=None if keep_samples else Reservoir.empty(image_shape, seed=seed),
         )
 
+    @classmethod
+    def of(cls, population: Population, evaluations: int, *, first: int, entry: Entry | None) -> "Gathered":
+        """One population, of the chains from `first` on, which took `evaluations` NFE.
+
+        entry: what its samples need to be kept, None for all.
+        """
+        images, count = population.samples, len(population.samples)
+        found = sample_statistics(images, population.ancestors)
+        founders = torch.arange(count) if population.ancestors is None else population.ancestors.cpu()
+        order = founders.argsort(stable=True).to(images.device)
+        weight = torch.tensor([float(count)], dtype=torch.float64)
+        return cls(
+            groups=tuple(Moments.of(images[part]) for part in order.tensor_split(GROUPS)),
+            squared_error=(found.mcse.cpu() * count).square(),
+            means=update(RunningMoments.empty(images.shape[1:]), found.mean[None].cpu(), weight),
+            lineages=found.lineages,
+            energy=population.energy,
+            ancestors=founders,
+            samples=(images,) if entry is None else None,
+            reservoir=None if entry is None else candidates(entry, images, first + torch.arange(count)),
+            populations=(population.diagnostics,),
+            evaluations=evaluations,
+        )
+
     @property
     def count(self) -> int:
         """Chains of all populations."""
@@ -110,30 +143,30 @@ class Gathered:
         total = self.variance.sum().item()
         return float(self.count) if error == 0 else min(max(total / error, 1.0), float(self.count))
 
+    @property
+    def entry(self) -> Entry | None:
+        """What a sample needs to be kept, None where all are."""
+        return None if self.reservoir is None else self.reservoir.entry
+
     def add(self, population: Population, evaluations: int) -> "Gathered":
         """With the next population, which took `evaluations` NFE."""
-        images, count = population.samples, len(population.samples)
-        found = sample_statistics(images, population.ancestors)
-        founders = torch.arange(count) if population.ancestors is None else population.ancestors.cpu()
-        order = founders.argsort(stable=True).to(images.device)
-        groups = [
-            merge(group, Moments.of(images[part]))
-            for group, part in zip(self.groups, order.tensor_split(GROUPS), strict=True)
-        ]
-        chains = self.count + torch.arange(count)
-        weight = torch.tensor([float(count)], dtype=torch.float64)
+        return self.join(Gathered.of(population, evaluations, first=self.count, entry=self.entry))
+
+    def join(self, part: "Gathered") -> "Gathered":
+        """With the next population, of which `part` is what it amounts to."""
+        reservoir = self.reservoir and part.reservoir and unite(self.reservoir, part.reservoir)
         return replace(
             self,
-            groups=tuple(groups),
-            squared_error=self.squared_error + (found.mcse.cpu() * count).square(),
-            means=update(self.means, found.mean[None].cpu(), weight),
-            lineages=self.lineages + found.lineages,
-            energy=population.energy if not self.count else torch.cat([self.energy, population.energy]),
-            ancestors=torch.cat([self.ancestors, self.count + founders]),
-            samples=None if self.samples is None else (*self.samples, images),
-            reservoir=self.reservoir and collect(self.reservoir, images, chains),
-            populations=(*self.populations, population.diagnostics),
-            evaluations=self.evaluations + evaluations,
+            groups=tuple(map(merge, self.groups, part.groups)),
+            squared_error=self.squared_error + part.squared_error,
+            means=merge_running(self.means, part.means),
+            lineages=self.lineages + part.lineages,
+            energy=part.energy if not self.count else torch.cat([self.energy, part.energy]),
+            ancestors=torch.cat([self.ancestors, self.count + part.ancestors]),
+            samples=None if self.samples is None or part.samples is None else self.samples + part.samples,
+            reservoir=reservoir,
+            populations=self.populations + part.populations,
+            evaluations=self.evaluations + part.evaluations,
         )
 
     def posterior(self, extra: dict[str, Any], settings: dict[str, Any]) -> Posterior:

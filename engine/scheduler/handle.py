@@ -1,13 +1,14 @@
 """What `Scheduler.submit` returns: a future of a posterior, with what is known on the way."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from alpenglow.posterior import Posterior
-from alpenglow.scheduler.run import Run
+from alpenglow.scheduler.ledger import Ledger
 
 
 class Handle:
@@ -15,24 +16,17 @@ class Handle:
 
     def __init__(self) -> None:
         self._future: Future[Posterior] = Future()
-        self._run: Run | None = None
+        self._run: Ledger | None = None
         self._changed = threading.Condition()
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: Ledger) -> None:
         """The scheduler's: the run that this is the handle of."""
         self._run = run
         self._future.add_done_callback(self._closed)
 
-    def publish(self) -> None:
+    def publish(self, run: Ledger) -> None:
         """The scheduler's: the run has finished a population, or itself."""
-        run = self._run
-        try:
-            if run is not None and run.result is not None:
-                self._future.set_result(run.result)
-            elif run is not None and run.error is not None:
-                self._future.set_exception(run.error)
-        except InvalidStateError:
-            pass  # cancelled, or over
+        settle(self._future, run)
         with self._changed:
             self._changed.notify_all()
 
@@ -109,8 +103,8 @@ class Handle:
         run = self._run
         assert run is not None
         with self._changed:
-            self._changed.wait_for(lambda: run.finished.count > seen or self._future.done())
-        return run.partial() if run.finished.count > seen else None
+            self._changed.wait_for(lambda: run.count > seen or self._future.done())
+        return run.partial() if run.count > seen else None
 
     def __await__(self) -> Generator[Any, None, Posterior]:
         return asyncio.wrap_future(self._future).__await__()
@@ -118,3 +112,12 @@ class Handle:
     def __repr__(self) -> str:
         state = "failed" if self.done() and not self.succeeded else f"{self.share:.0%} done"
         return f"Handle({self.name}: {state})"
+
+
+def settle(future: "Future[Any]", run: Ledger) -> None:
+    """Give a future what its run ended with, if it has ended."""
+    with contextlib.suppress(InvalidStateError):  # cancelled, or over
+        if run.result is not None:
+            future.set_result(run.result)
+        elif run.error is not None:
+            future.set_exception(run.error)

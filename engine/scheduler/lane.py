@@ -9,7 +9,7 @@ from torch import Tensor
 from alpenglow.priors.batched import BatchedPrior
 from alpenglow.priors.protocol import Prior
 from alpenglow.samplers.chains import Answer
-from alpenglow.scheduler.memory import find_batch_size, is_out_of_memory
+from alpenglow.scheduler.memory import current_device, find_batch_size, is_out_of_memory
 
 log = logging.getLogger("alpenglow.scheduler")
 
@@ -52,7 +52,8 @@ class Lane:
         while done < len(x):
             rows = slice(done, done + (self.capacity or len(x)))
             try:
-                answers.append(self.prior.energy_and_grad(x[rows], sigma[rows]))
+                with current_device(x.device):
+                    answers.append(self.prior.energy_and_grad(x[rows], sigma[rows]))
                 done += len(x[rows])
                 continue
             except Exception as error:

@@ -1,11 +1,13 @@
 """How much fits: chains by an estimate of their state, network batches by measurement."""
 
+import contextlib
 import math
 import os
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +42,11 @@ def device_memory(device: torch.device) -> int:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: Triton launches there, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def chain_bytes(image_shape: tuple[int, int, int], measurement_size: int) -> int:
@@ -87,7 +94,8 @@ def _seconds(prior: BatchedPrior, size: int, rounds: int) -> float:
     times = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        prior.run(x, sigma)
+        with current_device(prior.device):
+            prior.run(x, sigma)
         if prior.device.type == "cuda":
             torch.cuda.synchronize(prior.device)
         times.append(time.perf_counter() - began)

@@ -1,11 +1,12 @@
 """Counters of a scheduler, as plain numbers."""
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from alpenglow.scheduler.core import Core
-from alpenglow.scheduler.run import Run
+from alpenglow.scheduler.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,26 @@ def measure(core: Core, *, finished: int = 0, failed: int = 0) -> Metrics:
     )
 
 
-def _of_run(run: Run) -> RequestMetrics:
+def together(
+    engines: Sequence[Metrics], requests: Iterable[Ledger], *, finished: int, failed: int
+) -> Metrics:
+    """The metrics of several engines as those of one, for the requests that they share."""
+    slots = sum(engine.nfe / engine.occupancy for engine in engines if engine.occupancy)
+    rates = [engine.nfe_per_second for engine in engines]
+    return Metrics(
+        requests=tuple(map(_of_run, requests)),
+        finished=finished,
+        failed=failed,
+        batches=sum(engine.batches for engine in engines),
+        retries=sum(engine.retries for engine in engines),
+        nfe=sum(engine.nfe for engine in engines),
+        nfe_per_second=sum(rates),
+        occupancy=sum(engine.nfe for engine in engines) / max(1, slots),
+        overhead=sum(engine.overhead for engine in engines) / max(1, len(engines)),
+    )
+
+
+def _of_run(run: Ledger) -> RequestMetrics:
     seconds, share = time.monotonic() - run.submitted, run.share
     return RequestMetrics(
         name=run.request.name,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from alpenglow.scheduler.scheduler import Scheduler
+from alpenglow.scheduler.scheduler import Frontend
 
 _COUNTERS = {
     "requests_finished": ("finished", "Requests that ended with a posterior"),
@@ -22,7 +22,7 @@ _GAUGES = {
 class Collector:
     """Reads the metrics of a scheduler when Prometheus asks; the loop itself counts nothing for it."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Frontend) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Any]:
@@ -37,7 +37,7 @@ class Collector:
         yield GaugeMetricFamily("alpenglow_requests", "Requests served or waiting", value=len(found.requests))
 
 
-def register(scheduler: Scheduler, registry: Any = None) -> Collector:
+def register(scheduler: Frontend, registry: Any = None) -> Collector:
     """Show a scheduler's metrics in a registry of prometheus_client (its default one).
 
     Raises ImportError without prometheus_client.

@@ -11,7 +11,7 @@ from alpenglow._version import __version__
 from alpenglow.samplers.inputs import as_problem
 from alpenglow.samplers.methods import METHODS, Method, options_of
 from alpenglow.samplers.problem import Problem
-from alpenglow.scheduler.memory import chain_bytes
+from alpenglow.scheduler.memory import LARGEST_POPULATION, chain_bytes
 from alpenglow.scheduler.stopping import Target
 
 DEFAULT_SAMPLES = 64
@@ -25,8 +25,8 @@ class Request:
     """What is asked; the samples follow from it and the prior alone, whatever else runs.
 
     num_samples: chains; with a target the most that it may cost. population: chains that run together at
-    most, None for what memory allows. output: file for all samples, which are then not kept in memory.
-    priority: higher goes first. timeout: seconds, or None.
+    most, None for what memory allows. output: file for all samples. keep_samples: whether the result has them
+    all. priority: higher goes first. timeout: seconds, or None.
     """
 
     problem: Problem
@@ -37,6 +37,7 @@ class Request:
     target: Target | None = None
     population: int | None = None
     output: Path | None = None
+    keep_samples: bool = True
     priority: int = 0
     timeout: float | None = None
     name: str = "request"
@@ -52,6 +53,15 @@ class Request:
         """Estimate of the memory of one chain."""
         y = self.problem.y
         return chain_bytes(self.problem.image_shape, y.numel() * (2 if y.is_complex() else 1))
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a sample depends on the other chains of its population: where particles are weighted."""
+        return bool(getattr(self.options, "weigh", False))
+
+    def population_limit(self, max_memory: int) -> int:
+        """Chains that run together at most where their state may take `max_memory` bytes."""
+        return min(self.population or LARGEST_POPULATION, max(1, max_memory // self.chain_bytes))
 
     def expected_nfe(self, chains: int) -> int:
         """NFE of so many chains and the pilot, weights of modes not counted."""
@@ -91,6 +101,7 @@ def make_request(
     seed: int = 0,
     population: int | None = None,
     output: str | Path | None = None,
+    keep_samples: bool = True,
     priority: int = 0,
     timeout: float | None = None,
     name: str = "request",
@@ -102,6 +113,8 @@ def make_request(
         num_samples = DEFAULT_SAMPLES if target_error is None else DEFAULT_LIMIT
     if type(num_samples) is not int or not 1 <= num_samples < MAX_CHAINS:
         raise ValueError(f"num_samples is {num_samples!r}; expected a positive integer")
+    if not isinstance(keep_samples, bool):
+        raise ValueError(f"keep_samples is {keep_samples!r}; expected True or False")
     for key, whole in (("seed", seed), ("priority", priority)):
         if type(whole) is not int:
             raise ValueError(f"{key} is {whole!r}; expected an integer")
@@ -126,7 +139,7 @@ def make_request(
         raise ValueError(f"output is the folder {path}; give the name of a file, such as samples.h5")
     return Request(
         problem, method, options_of(method, options, prior), seed, num_samples, target, population, path,
-        priority, timeout, name, type(operator).__name__,
+        keep_samples and path is None, priority, timeout, name, type(operator).__name__,
     )  # fmt: skip
 
 

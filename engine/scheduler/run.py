@@ -1,11 +1,10 @@
 """A request on its way: populations of chains one after another, until there are enough."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,20 +15,18 @@ from alpenglow.samplers.chains import Answer, Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise
 from alpenglow.scheduler.checkpoint import Checkpoint, fingerprint, probe
 from alpenglow.scheduler.errors import CheckpointError, SamplingError
-from alpenglow.scheduler.gathered import Gathered
-from alpenglow.scheduler.memory import LARGEST_POPULATION, is_out_of_memory
+from alpenglow.scheduler.ledger import Ledger, block_size
+from alpenglow.scheduler.memory import current_device, is_out_of_memory
 from alpenglow.scheduler.request import Request
-from alpenglow.scheduler.stopping import FIRST_ROUND, Need, need, next_round
 
 log = logging.getLogger("alpenglow.scheduler")
 
 
-class Run:
-    """One request being served.
+class Run(Ledger):
+    """One request being served by a loop (core.py), or a part of one.
 
     It wants the rows of one wish at a time; `take` gives them out, `give` brings their answers, and with the
-    last of them the chains go on to their next wish. What the outside may read at any time: `finished`
-    and `need` so far, `stage`, `evaluations`, `result`, `error`. It may set `cancelled`.
+    last of them the chains go on to their next wish. body: what is to be done, `whole` or a part.
     """
 
     def __init__(
@@ -37,74 +34,24 @@ class Run:
         request: Request,
         *,
         max_memory: int,
-        publish: Callable[[], None] = lambda: None,
+        publish: Callable[[Ledger], None] = lambda run: None,
         clock: Callable[[], float] = time.monotonic,
+        body: "Body | None" = None,
     ) -> None:
-        self.request = request
-        self.submitted = clock()
-        self.deadline = math.inf if request.timeout is None else self.submitted + request.timeout
-        nothing = Gathered.empty(
-            request.problem.image_shape, keep_samples=request.output is None, seed=request.seed
+        super().__init__(
+            request, population=request.population_limit(max_memory), publish=publish, clock=clock
         )
-        # One tuple, replaced as a whole: other threads read it.
-        self._progress: tuple[Gathered, Need | None] = nothing, None
-        self.cancelled = False
-        self.result: Posterior | None = None
-        self.error: BaseException | None = None
-        self.stage = "waiting"
-        self.evaluations = 0
-        self.last_served = 0
-        fits = max(1, max_memory // request.chain_bytes)
-        self.population = min(request.population or LARGEST_POPULATION, fits)
-        self._publish = publish
-        self._clock = clock
-        self._chains: Chains[Posterior] = self._body()
+        self._chains: Chains[Any] = (body or whole)(self)
         self._first_chain = 0
         self._solved, self._solving = CgCount(), CgCount()
-        self._accounted = 0
-        self._share = 0.0
-        self._faults = 0
         self._wish: Evaluate | None = None
         self._taken = self._answered = 0
         self._energy = self._grad = torch.empty(0)
 
     @property
-    def finished(self) -> Gathered:
-        """Populations so far."""
-        return self._progress[0]
-
-    @property
-    def need(self) -> Need | None:
-        """Chains needed, where the request has a target and finished populations."""
-        return self._progress[1]
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do, for good or ill."""
-        return self.result is not None or self.error is not None
-
-    @property
     def memory(self) -> int:
         """Estimate of the bytes that its chains take at once."""
         return self.request.chain_bytes * min(self.population, self.request.num_samples)
-
-    @property
-    def share(self) -> float:
-        """Share of the expected work that is done, in [0, 1]."""
-        if self.result is not None:
-            return 1.0
-        spent = self.finished.evaluations + self.evaluations - self._accounted
-        self._share = max(self._share, min(spent / self.request.expected_nfe(self.expected_chains), 0.999))
-        return self._share
-
-    @property
-    def expected_chains(self) -> int:
-        """Chains that it will take, as far as is known."""
-        limit = self.request.num_samples
-        if self.request.target is None:
-            return limit
-        needed = FIRST_ROUND if self.need is None else max(self.finished.count, math.ceil(self.need.enough))
-        return min(needed, limit)
 
     @property
     def taken(self) -> int:
@@ -148,9 +95,9 @@ class Run:
 
     def fault(self, count: int) -> None:
         """Note `count` rows of the present wish to which the prior answered NaN, twice."""
-        if self._faults == 0:
+        if self.faults == 0:
             log.warning("%s: NaN from the prior", self.where())
-        self._faults += count
+        self.faults += count
 
     def where(self, rows: Tensor | None = None) -> str:
         """The request, its stage, the chains of `rows` of the present wish and its levels, for an error."""
@@ -164,131 +111,123 @@ class Run:
         return text
 
     def fail(self, error: BaseException) -> None:
-        """End the run with an error that names it, what it did, and keeps what was finished."""
+        """End the run with an error, keeping what was finished."""
         if self.done:
             return
         self._chains.close()
         self._wish = None
-        if isinstance(error, SamplingError):
-            error.partial = self.partial()
-        self.error = error
-        self.stage = "failed"
-        log.error("%s", error, extra={"alpenglow": {"event": "failed", "request": self.request.name}})
-        self._publish()
-
-    def partial(self) -> Posterior | None:
-        """The posterior of the populations that are finished, None before the first."""
-        return self._posterior() if self.finished.count else None
-
-    def _posterior(self) -> Posterior:
-        gathered, found = self._progress
-        extra: dict[str, Any] = {"seconds": self._clock() - self.submitted}
-        if self._faults:
-            extra["nan_evaluations"] = self._faults
-        if found is not None:
-            extra |= {"target_met": gathered.count >= found.enough, "chains_needed": found.enough}
-        return gathered.posterior(extra, self.request.settings | {"num_samples": gathered.count})
+        super().fail(error)
 
     def _resume(self, answer: Answer | None) -> None:
         """Let the chains go on to their next wish, or to their end."""
         try:
-            with count_iterations() as self._solving:
+            with count_iterations() as self._solving, current_device(self.request.problem.y.device):
                 self._wish = next(self._chains) if answer is None else self._chains.send(answer)
             self._taken = self._answered = 0
             self._energy = self._grad = torch.empty(0)
         except StopIteration as end:
-            self._wish, self.result, self.stage = None, end.value, "done"
-            self._publish()
+            self._wish = None
+            self.succeed(end.value)
         except Exception as error:
             self.fail(error if isinstance(error, CheckpointError) else self.explain(error))
         self._solved, self._solving = _together(self._solved, self._solving), CgCount()
 
     def explain(self, error: Exception, rows: Tensor | None = None) -> SamplingError:
         """The error that names this request, what it did, and `rows` of its present wish."""
-        nan = f" (the prior gave NaN for {self._faults} images)" if self._faults else ""
+        nan = f" (the prior gave NaN for {self.faults} images)" if self.faults else ""
         failure = SamplingError(f"{self.where(rows)}: {str(error) or type(error).__name__}{nan}")
         failure.__cause__ = error
+        failure.out_of_memory = is_out_of_memory(error)
         return failure
 
-    def _body(self) -> Chains[Posterior]:
-        """The whole request as one sampler."""
-        request = self.request
-        problem, sampler = request.problem, request.sampler
-        checkpoint = None
-        if request.output is not None:
-            self.stage = "checkpoint"
-            x = probe(request)
-            evaluated = yield Evaluate(x, torch.ones(1, dtype=x.dtype, device=x.device))
-            self._accounted = self.evaluations  # no part of the samples
-            checkpoint = Checkpoint.open(request.output, fingerprint(request, evaluated), self.population)
-            self.population = checkpoint.population
+    def probe(self) -> Chains[Answer]:
+        """The prior at the probe of a checkpoint's fingerprint, which is no part of the samples."""
+        self.stage = "checkpoint"
+        x = probe(self.request)
+        evaluated = yield Evaluate(x, torch.ones(1, dtype=x.dtype, device=x.device))
+        self._accounted = self.evaluations
+        return evaluated
+
+    def pilot(self) -> Chains[Any]:
+        """What all populations share."""
         self.stage = "pilot"
-        plan = yield from sampler.prepare(problem, request.seed, request.options)
-        starts = []
-        while count := self._next_population():
-            start = self.finished.count
-            self.stage, self._first_chain = f"chains {start} to {start + count - 1}", start
-            done = None if checkpoint is None else checkpoint.load(start, count)
-            if done is None:
-                ids = start + torch.arange(count, device=problem.y.device)
-                try:
-                    population = yield from sampler.chains(problem, Noise(request.seed, ids), plan)
-                except Exception as error:
-                    if not (is_out_of_memory(error) and count > 1):
-                        raise
-                    self.population = (count + 1) // 2
-                    log.warning("%s: out of memory, populations of %d now", self.where(), self.population)
-                    continue
-                done = self._account(population)
-                if checkpoint is not None:
-                    done = _on_cpu(done[0]), done[1]
-                    checkpoint.save(start, *done)
-            self._accounted = self.evaluations
-            starts.append(start)
-            self._add(*done)
-        posterior = self._posterior()
-        if checkpoint is not None:
-            self.stage = "output"
-            checkpoint.assemble(posterior, starts)
-        return posterior
+        request = self.request
+        return (yield from request.sampler.prepare(request.problem, request.seed, request.options))
 
-    def _next_population(self) -> int:
-        """Chains of the next population, 0 for none."""
-        done, limit = self.finished.count, self.request.num_samples
-        if self.request.target is None:
-            left = limit - done
-            # Of equal size: weights of modes need many chains.
-            return math.ceil(left / math.ceil(left / self.population)) if left else 0
-        return min(self.population, next_round(done, self.need, limit))
+    def chains(self, start: int, count: int, plan: Any) -> Chains[tuple[Population, int]]:
+        """The population of `count` chains from `start` on, and its NFE, the pilot's in the first one's."""
+        self.stage, self._first_chain = f"chains {start} to {start + count - 1}", start
+        problem = self.request.problem
+        ids = start + torch.arange(count, device=problem.y.device)
+        noise = Noise(self.request.seed, ids)
+        population = yield from self.request.sampler.chains(problem, noise, plan)
+        spent = self.spent()
+        if spent.solved.solves:
+            counts = {
+                "cg_solves": spent.solved.solves,
+                "cg_iterations": spent.solved.total,
+                "cg_iterations_max": spent.solved.largest,
+            }
+            population = replace(population, diagnostics=population.diagnostics | counts)
+        return population, spent.evaluations
 
-    def _account(self, population: Population) -> tuple[Population, int]:
-        """A finished population with its CG iterations, and its NFE (the first one's with the pilot's)."""
+    def spent(self) -> "Spent":
+        """What is not accounted for yet, and from now on is."""
         solved = _together(self._solved, self._solving)
         # The rest of the present turn is the next population's.
         self._solved, self._solving.solves, self._solving.total = CgCount(), 0, 0
-        if solved.solves:
-            counts = {
-                "cg_solves": solved.solves,
-                "cg_iterations": int(solved.total),
-                "cg_iterations_max": int(solved.largest),
-            }
-            population = replace(population, diagnostics=population.diagnostics | counts)
-        return population, self.evaluations - self._accounted
+        evaluations, self._accounted = self.evaluations - self._accounted, self.evaluations
+        return Spent(evaluations, CgCount(solved.solves, int(solved.total), int(solved.largest)))
 
-    def _add(self, population: Population, evaluations: int) -> None:
-        gathered, target, found = self.finished.add(population, evaluations), self.request.target, None
-        if target is not None:
-            found = need(gathered.groups, target, gathered.count / gathered.ess_pooled)
-        self._progress = gathered, found
-        facts = {
-            "event": "population",
-            "request": self.request.name,
-            "chains": self.finished.count,
-            "evaluations": self.evaluations,
-            "error": None if self.need is None else self.need.error,
-        }
-        log.info("%s: %d chains finished", self.request.name, self.finished.count, extra={"alpenglow": facts})
-        self._publish()
+    def charge(self, spent: "Spent") -> None:
+        """Account for what was spent elsewhere with the next population."""
+        self._accounted -= spent.evaluations
+        self._solved = _together(self._solved, spent.solved)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Network evaluations (NFE) and CG solves."""
+
+    evaluations: int
+    solved: CgCount
+
+
+Body: TypeAlias = Callable[[Run], Chains[Any]]
+"""What a run does, as one sampler; what it returns is the run's result."""
+
+
+def whole(run: Run) -> Chains[Posterior]:
+    """A request from its pilot to its posterior."""
+    request = run.request
+    checkpoint = None
+    if request.output is not None:
+        evaluated = yield from run.probe()
+        checkpoint = Checkpoint.open(request.output, fingerprint(request, evaluated), run.population)
+        run.population = checkpoint.population
+    plan = yield from run.pilot()
+    starts = []
+    while count := block_size(start := run.finished.count, run.round_end(), run.population):
+        done = None if checkpoint is None else checkpoint.load(start, count)
+        if done is None:
+            try:
+                done = yield from run.chains(start, count, plan)
+            except Exception as error:
+                if not (is_out_of_memory(error) and count > 1):
+                    raise
+                run.population = (count + 1) // 2
+                log.warning("%s: out of memory, populations of %d now", run.where(), run.population)
+                continue
+            if checkpoint is not None:
+                done = on_cpu(done[0]), done[1]
+                checkpoint.save(start, *done)
+        starts.append(start)
+        run.add(*done)
+    posterior = run.posterior()
+    if checkpoint is not None:
+        run.stage = "output"
+        checkpoint.assemble(posterior, starts)
+    return posterior
 
 
 def _together(a: CgCount, b: CgCount) -> CgCount:
@@ -297,7 +236,8 @@ def _together(a: CgCount, b: CgCount) -> CgCount:
     return CgCount(a.solves + b.solves, a.total + b.total, torch.as_tensor(a.largest).clamp(min=b.largest))
 
 
-def _on_cpu(population: Population) -> Population:
+def on_cpu(population: Population) -> Population:
+    """The same, on the CPU."""
     ancestors = None if population.ancestors is None else population.ancestors.cpu()
     return replace(
         population, samples=population.samples.cpu(), energy=population.energy.cpu(), ancestors=ancestors

@@ -3,21 +3,108 @@
 import itertools
 import logging
 import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from alpenglow.scheduler.core import Core
-from alpenglow.scheduler.errors import SamplingError
-from alpenglow.scheduler.handle import Handle
+from alpenglow.scheduler.handle import Handle, settle
 from alpenglow.scheduler.metrics import Metrics, measure
 from alpenglow.scheduler.request import Request, make_request
-from alpenglow.scheduler.run import Run
+from alpenglow.scheduler.run import Body, Run
 
 log = logging.getLogger("alpenglow.scheduler")
 
 
-class Scheduler:
+class Frontend(ABC):
+    """How requests are submitted, to one device or to many; for `with` blocks."""
+
+    def __init__(self) -> None:
+        self._names = itertools.count(1)
+        self._counting = threading.Lock()
+        self._finished = self._failed = 0
+
+    def submit(
+        self,
+        prior: Any,
+        operator: Any,
+        y: Any,
+        *,
+        noise_std: float,
+        num_samples: int | None = None,
+        target_error: float | None = None,
+        target_quantile: float = 0.95,
+        method: str = "calibrated",
+        seed: int = 0,
+        population: int | None = None,
+        output: str | Path | None = None,
+        keep_samples: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> Handle:
+        """Ask for posterior samples; everything that `alpenglow.sample` does not know is here.
+
+        population: chains that run together at most; a partial result appears as each population ends, and a
+        posterior of several modes wants large ones. keep_samples: False keeps moments, errors and a random
+        subset of 256 samples alone. priority: requests of a higher one go first, but waiting counts too, so
+        that all are served. timeout: seconds from now, after which the request fails with
+        RequestTimeoutError, its finished populations kept. name: in errors, logs and metrics.
+
+        Raises ValueError on bad input, RuntimeError after `close`.
+        """
+        request = make_request(
+            self.usable(prior), operator, y, noise_std=noise_std, num_samples=num_samples,
+            target_error=target_error, target_quantile=target_quantile, method=method, seed=seed,
+            population=population, output=output, keep_samples=keep_samples, priority=priority,
+            timeout=timeout, name=name or f"request {next(self._names)}", **options,
+        )  # fmt: skip
+        handle = self.submit_request(request)
+        facts = {"event": "submitted", "request": request.name}
+        log.info("%s: submitted", request.name, extra={"alpenglow": facts})
+        return handle
+
+    def usable(self, prior: Any) -> Any:
+        """The prior of requests here for what users pass as one."""
+        return prior
+
+    @abstractmethod
+    def submit_request(self, request: Request) -> Handle:
+        """As `submit`, of a request that is checked already."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics:
+        """Counters as they are now."""
+
+    @abstractmethod
+    def close(self, *, stop: bool = False) -> None:
+        """Take no more requests, serve those that are there, and end.
+
+        stop: fail them instead, with their finished populations in `Handle.partial`.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(stop=kind is not None)
+
+    def _count(self, handle: Handle) -> None:
+        with self._counting:
+            if handle.succeeded:
+                self._finished += 1
+            else:
+                self._failed += 1
+
+
+class Scheduler(Frontend):
     """Serves many requests at once, with every network batch filled from all of them.
 
         with ag.Scheduler() as scheduler:
@@ -34,55 +121,36 @@ class Scheduler:
     """
 
     def __init__(self, *, batch_size: int | str | None = None, max_memory: int | None = None) -> None:
+        super().__init__()
         if batch_size not in (None, "auto") and not (type(batch_size) is int and batch_size > 0):
             raise ValueError(f'batch_size is {batch_size!r}; expected a positive integer, "auto" or None')
         self._core = Core(batch_size=batch_size, max_memory=max_memory)
-        self._names = itertools.count(1)
         self._wake = threading.Condition()  # its lock is an RLock: callbacks may come back
         self._inbox: list[Run] = []
         self._closing = self._stopping = False
         self._death: BaseException | None = None
-        self._finished = self._failed = 0
         self._thread = threading.Thread(target=self._serve, name="alpenglow-scheduler", daemon=True)
-
-    def submit(
-        self,
-        prior: Any,
-        operator: Any,
-        y: Any,
-        *,
-        noise_std: float,
-        num_samples: int | None = None,
-        target_error: float | None = None,
-        target_quantile: float = 0.95,
-        method: str = "calibrated",
-        seed: int = 0,
-        population: int | None = None,
-        output: str | Path | None = None,
-        priority: int = 0,
-        timeout: float | None = None,
-        name: str | None = None,
-        **options: Any,
-    ) -> Handle:
-        """Ask for posterior samples; everything that `alpenglow.sample` does not know is here.
-
-        population: chains that run together at most; a partial result appears as each population ends, and a
-        posterior of several modes wants large ones. priority: requests of a higher one go first, but waiting
-        counts too, so that all are served. timeout: seconds from now, after which the request fails with
-        RequestTimeoutError, its finished populations kept. name: in errors, logs and metrics.
-
-        Raises ValueError on bad input, RuntimeError after `close`.
-        """
-        request = make_request(
-            prior, operator, y, noise_std=noise_std, num_samples=num_samples, target_error=target_error,
-            target_quantile=target_quantile, method=method, seed=seed, population=population, output=output,
-            priority=priority, timeout=timeout, name=name or f"request {next(self._names)}", **options,
-        )  # fmt: skip
-        return self.submit_request(request)
 
     def submit_request(self, request: Request) -> Handle:
         """As `submit`, of a request that is checked already."""
         handle = Handle()
+        run = self._core.make(request, publish=handle.publish)
+        handle.attach(run)
+        handle.add_done_callback(self._count)
+        self._enter(run)
+        return handle
+
+    def submit_part(self, request: Request, body: Body) -> tuple[Run, Future[Any]]:
+        """Ask for a part of a request, `body`: its run, and the future of what it returns.
+
+        Raises RuntimeError after `close`.
+        """
+        future: Future[Any] = Future()
+        run = self._core.make(request, publish=lambda run: settle(future, run), body=body)
+        self._enter(run)
+        return run, future
+
+    def _enter(self, run: Run) -> None:
         with self._wake:
             if self._death is not None:
                 raise RuntimeError(f"the scheduler's worker died: {self._death!r}; make another one")
@@ -90,17 +158,12 @@ class Scheduler:
                 raise RuntimeError("the scheduler is closed; make another one")
             if not self._thread.is_alive():
                 self._thread.start()
-            run = self._core.make(request, publish=handle.publish)
-            handle.attach(run)
-            handle.add_done_callback(self._count)
             self._inbox.append(run)
             self._wake.notify_all()
-        log.info(
-            "%s: submitted",
-            request.name,
-            extra={"alpenglow": {"event": "submitted", "request": request.name}},
-        )
-        return handle
+
+    def memory_limit(self, device: torch.device) -> int:
+        """Bytes for the state of chains on a device."""
+        return self._core.memory_limit(device)
 
     def metrics(self) -> Metrics:
         """Counters as they are now."""
@@ -123,21 +186,6 @@ class Scheduler:
             self._stopping = True
             self._thread.join()
             raise
-
-    def __enter__(self) -> "Scheduler":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(stop=kind is not None)
-
-    def _count(self, handle: Handle) -> None:
-        with self._wake:
-            if handle.succeeded:
-                self._finished += 1
-            else:
-                self._failed += 1
 
     def _serve(self) -> None:
         """The worker: turns of the core as long as there is something to serve."""
@@ -168,8 +216,4 @@ class Scheduler:
 
     def _abandon(self, why: str) -> None:
         for run in (*self._core.live, *self._core.waiting):
-            run.fail(_stopped(run, why))
-
-
-def _stopped(run: Run, why: str) -> SamplingError:
-    return SamplingError(f"{run.where()}: {why}; {run.finished.count} chains are finished (see `partial`)")
+            run.fail(run.stopped(why))
