@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 # Written last, so that an install that was interrupted is taken up again.
 STAMP := $(VENV)/.installed
-CODE := engine kernels export tests $(wildcard benchmarks) setup.py
+CODE := engine kernels export tests $(wildcard benchmarks) notebooks $(wildcard docs/*.py) setup.py
 SUITES := $(wildcard benchmarks/bench_*.py)
 TYPES := build/types
 
@@ -14,7 +14,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 
 PYTHON_HERE := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo test lint types data bench bench-compare gpu-check kernel-table clean
+.PHONY: help demo test lint types tree docs notebooks data bench bench-compare gpu-check kernel-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    ruff: check and format"
 	@echo "make types   mypy on the package"
+	@echo "make docs    the documentation, in site/: open site/index.html"
+	@echo "make notebooks  runs the notebooks and keeps their outputs, which the site shows; half an hour"
 	@echo "make data    the images that the zoo's priors were trained on, in data/"
 	@echo "make bench   the benchmarks, ours beside the published way; JSON=FILE keeps the figures"
 	@echo "make bench-compare BASE=COMMIT  the benchmarks of a commit and of the working tree; K=EXPRESSION: which"
@@ -39,11 +41,20 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 
-# mypy cannot follow setup.py's mapping of folders to packages: give it that mapping as a tree of links.
-types: $(STAMP)
+# Not every tool can follow setup.py's mapping of folders to packages: here it is as a tree of links.
+tree:
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/alpenglow
 	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/export" $(TYPES)/alpenglow/
+
+types: $(STAMP) tree
 	$(VENV)/bin/mypy -p alpenglow
+
+# The variable silences a banner of the theme about its successor.
+docs: $(STAMP) tree
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+notebooks: $(STAMP)
+	$(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
 bench: $(STAMP)
 	$(VENV)/bin/pytest --benchmark-only $(if $(JSON),--benchmark-json=$(JSON)) $(SUITES)
@@ -53,10 +64,8 @@ bench-compare: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.compare "$(BASE)" $(if $(K),-k "$(K)")
 
 # On a GPU machine torch is already there, and there may be no network: the Python that runs it is the user's
-# (PYTHON=...), or that of .venv where there is one. The tree is laid out as the package by links.
-gpu-check:
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/alpenglow
-	@ln -s "$(CURDIR)"/engine/* "$(CURDIR)/kernels" "$(CURDIR)/export" $(TYPES)/alpenglow/
+# (PYTHON=...), or that of .venv where there is one.
+gpu-check: tree
 	PYTHONPATH="$(CURDIR)/$(TYPES):$(CURDIR):$$PYTHONPATH" $(PYTHON_HERE) -m benchmarks.gpu_check
 
 kernel-table: $(STAMP)
@@ -74,5 +83,5 @@ $(STAMP): setup.py pyproject.toml constraints-cpu.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist alpenglow.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site alpenglow.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +

@@ -93,8 +93,8 @@ def find_map(
 ) -> MapEstimate:
     """The image of highest posterior density at a small level sigma, by a monotone minimisation.
 
-    Arguments as for `sample`; options: sigma, sigma_max, levels, tolerance, gradient_error (see MapOptions). Returns image
-    [C, H, W], objective (a list that never rises), converged, nfe. Raises ValueError on bad input.
+    Arguments as for `sample`; options: those of MapOptions, where the levels are by default the prior's. Returns
+    image [C, H, W], objective (a list that never rises), converged, nfe. Raises ValueError on bad input.
     """
     problem = as_problem(prior, operator, y, noise_std)
     if type(max_iterations) is not int or max_iterations < 1:

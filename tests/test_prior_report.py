@@ -185,6 +185,8 @@ def test_non_local_means_is_tuned() -> None:
 
 def a_report(shape: tuple[int, int, int] = (1, 8, 8), count: int = 6) -> PriorReport:
     return PriorReport(
+        sigma_range=(0.05, 40.0),
+        largest_gradient_error=0.12345,
         levels=[
             {"sigma": 0.1, "gradient_error": 0.12345, "psnr": 30.0, "teacher_psnr": 29.5},
             {"sigma": 0.5, "gradient_error": 0.05, "psnr": 25.0, "teacher_psnr": 25.25},

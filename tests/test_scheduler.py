@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import alpenglow as ag
-from alpenglow.scheduler import SamplingError
-from alpenglow.scheduler import core as core_module
-from alpenglow.scheduler.core import AGEING, Core
+from alpenglow.scheduler import SamplingError, ledger
+from alpenglow.scheduler.core import Core
+from alpenglow.scheduler.ledger import AGEING
 from benchmarks.beds import several_modes
 from tests.scheduling import NFE, Independent, arguments, exact, queue, same, serve
 
@@ -170,7 +170,7 @@ def test_equal_requests_advance_together_and_priority_goes_first() -> None:
 
 
 def test_low_priority_is_served_while_higher_ones_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core_module, "AGEING", 10)
+    monkeypatch.setattr(ledger, "AGEING", 10)
     core, prior = Core(), Independent()
     low = queue(core, prior, 0, num_samples=16, priority=0)
     queue(core, prior, 1, num_samples=10**6, priority=3)

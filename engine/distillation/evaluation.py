@@ -97,7 +97,7 @@ def trusted_levels(
     """The part of `sigma_range` above the highest level whose gradient error exceeds LARGEST_ERROR.
 
     levels: of `evaluate_prior`, in rising order; between them the error is taken as linear in log sigma. Also
-    returns the largest error of what is left. What is left ends at the highest level, however large the error.
+    returns the largest error of what is left. It ends at the highest level, however large the error.
     """
     (low, high), worst = sigma_range, 0.0
     points = [(math.log(row["sigma"]), row["gradient_error"]) for row in levels]

@@ -49,7 +49,7 @@ class Metadata(_Strict):
     denoiser: DenoiserConfig
     sigma_range: tuple[PositiveFloat, PositiveFloat]
     gradient_error: NonNegativeFloat | None = None
-    """Largest relative error of an energy's gradient in sigma_range, against its teacher's; None: not measured."""
+    """Largest relative error of an energy's gradient in sigma_range, beside its teacher's; None: unknown."""
     units: str = "[-1, 1]"
     """What the values of an image mean."""
     extra: dict[str, Any] = {}

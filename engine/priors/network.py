@@ -23,7 +23,7 @@ PRECISIONS: dict[str, torch.dtype] = {
 }
 
 UNMEASURED_ERROR = 0.2
-"""Gradient error of a network whose file does not state one: what the zoo's priors have at their lowest level."""
+"""Gradient error of a network whose file does not state one: what the zoo has at its lowest level."""
 
 
 class NetworkPrior(BatchedPrior):
@@ -31,7 +31,7 @@ class NetworkPrior(BatchedPrior):
 
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
     are in the prior's units; `sigma_range` is the span of levels it was trained for. `gradient_error`: the
-    largest relative error of G there, which tells samplers how far to trust it; None, not measured, counts as 0.2.
+    largest relative error of G there, which tells samplers how far to trust it; None, unknown, counts as 0.2.
     `precision` float16 and bfloat16 run the network F alone in half precision.
 
     `batch_size` images go through the network at once, see BatchedPrior. Another one, another machine or

@@ -55,8 +55,8 @@ def trusted_memory(step_size: float, gradient_error: float) -> float:
     """The share of momentum to keep at most where the prior's gradient has a relative error.
 
     At level sigma a direction of standard deviation s is held by a share sigma^2 / s^2 of the gradient, which
-    an error hides where s > sigma / gradient_error^(1/2). Friction that is critical for that width (kinetic.py)
-    settles every direction that the prior knows; with less, chains walk off along those it does not know.
+    an error hides where s > sigma / gradient_error^(1/2). Friction that is critical for that width settles
+    every direction that the prior knows; with less, chains walk off along those it does not know.
     """
     return math.exp(-2 * step_size * math.sqrt(gradient_error))
 
