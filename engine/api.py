@@ -93,7 +93,7 @@ def find_map(
 ) -> MapEstimate:
     """The image of highest posterior density at a small level sigma, by a monotone minimisation.
 
-    Arguments as for `sample`; options: those of MapOptions, where the levels are by default the prior's. Returns
+    Arguments as for `sample`; options: those of MapOptions, levels by default the prior's own. Returns
     image [C, H, W], objective (a list that never rises), converged, nfe. Raises ValueError on bad input.
     """
     problem = as_problem(prior, operator, y, noise_std)
