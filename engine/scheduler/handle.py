@@ -3,12 +3,23 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from alpenglow.posterior import Posterior
 from alpenglow.scheduler.ledger import Ledger
+
+PATIENCE = 0.2
+"""Seconds that a thread waits at once. A Ctrl-C that comes just as Python begins to wait for a lock is seen
+only when that wait ends: a wait without end would never see it."""
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait for the end of a thread; Ctrl-C ends the wait."""
+    while thread.is_alive():
+        thread.join(PATIENCE)
 
 
 class Handle:
@@ -62,11 +73,21 @@ class Handle:
         `cancel`, RequestTimeoutError when the request's own timeout is over, SamplingError when it failed;
         see `partial` for what was finished.
         """
-        return self._future.result(timeout)
+        self._wait(timeout)
+        return self._future.result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of a request that failed, None of one that did not; waits as `result` does."""
-        return self._future.exception(timeout)
+        self._wait(timeout)
+        return self._future.exception(0)
+
+    def _wait(self, timeout: float | None) -> None:
+        """Until it is over, or as many seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._future.done() and (end is None or time.monotonic() < end):
+                left = PATIENCE if end is None else min(PATIENCE, end - time.monotonic())
+                self._changed.wait(left)
 
     def cancel(self) -> bool:
         """Stop the request; its finished populations stay in `partial`. False where it is over already."""
@@ -103,7 +124,8 @@ class Handle:
         run = self._run
         assert run is not None
         with self._changed:
-            self._changed.wait_for(lambda: run.count > seen or self._future.done())
+            while not (run.count > seen or self._future.done()):
+                self._changed.wait(PATIENCE)
         return run.partial() if run.count > seen else None
 
     def __await__(self) -> Generator[Any, None, Posterior]:

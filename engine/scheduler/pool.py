@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from alpenglow.scheduler.errors import SamplingError
-from alpenglow.scheduler.handle import Handle
+from alpenglow.scheduler.handle import Handle, join
 from alpenglow.scheduler.line import Line
 from alpenglow.scheduler.metrics import Metrics, together
 from alpenglow.scheduler.parts import Part
@@ -137,11 +137,11 @@ class Pool(Frontend):
             self._stopping = self._stopping or stop
             self._events.put(_nothing)
         try:
-            self._thread.join()
+            join(self._thread)
         except BaseException:  # Ctrl-C while waiting
             self._stopping = True
             self._events.put(_nothing)
-            self._thread.join()
+            join(self._thread)
             raise
         finally:
             for engine in self._engines:
