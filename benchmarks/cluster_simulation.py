@@ -23,11 +23,13 @@ from torch import Tensor
 
 from alpenglow.operators import Denoising
 from alpenglow.priors.batched import BatchedPrior
+from alpenglow.samplers.methods import METHODS
+from alpenglow.scheduler.pool import AHEAD
 from alpenglow.scheduler.spread import BLOCK
 
 NFE = 100
 """Gradients a sample."""
-PILOT = 32 * 40
+PILOT = METHODS["calibrated"].pilot_nfe
 """Gradients of a pilot."""
 GPU_SPEEDS = (1_000.0, 10_000.0)
 """Gradients a second of one GPU, for images of SHAPES[1]: assumed, for a large and for a small network."""
@@ -35,8 +37,8 @@ LINK = 10e9 / 8
 """Bytes a second into the driver: 10 Gbit/s, assumed."""
 SHAPES = ((1, 28, 28), (2, 128, 128), (2, 320, 320))
 ENGINES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-AHEAD = 2
-"""Parts on the way to an engine: pool.AHEAD chains are two blocks."""
+PARTS_AHEAD = AHEAD // BLOCK
+"""Parts on the way to an engine."""
 
 
 class Free(BatchedPrior):
@@ -133,7 +135,8 @@ def size_of(prior: Free, given: dict[str, Any], load: Load) -> float:
 
 def latency(cluster: Any) -> float:
     """Seconds for nothing, to an engine and back."""
-    ray = __import__("ray")
+    import ray
+
     (engine,) = cluster._ray_engines
     times = []
     for _ in range(50):
@@ -170,8 +173,8 @@ def simulate(
 ) -> Outcome:
     """Parts of `seconds` each, on engines that are alike; pilot: seconds before which there are none.
 
-    The driver sends a part to an engine that has less than AHEAD, and takes what comes back: one thing at a
-    time, as does the link into it. What a part costs the driver is spent when it comes back.
+    The driver sends a part to an engine that has less than PARTS_AHEAD, and takes what comes back: one thing
+    at a time, as does the link into it. What a part costs the driver is spent when it comes back.
     """
     # An event: (time, order, what): an engine has finished a part, or the driver has taken one in.
     driver = wire = 0.0
@@ -188,7 +191,7 @@ def simulate(
         number += 1
 
     waiting = deque(range(parts))
-    for _ in range(AHEAD):
+    for _ in range(PARTS_AHEAD):
         for engine in range(engines):
             if waiting:
                 waiting.popleft()

@@ -1,13 +1,12 @@
 """The front door: `sample` and `find_map`."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alpenglow.operators.base import LinearOperator
 from alpenglow.posterior import Posterior
-from alpenglow.priors.protocol import Prior
+from alpenglow.priors.protocol import Prior, gradient_error, sigma_range
 from alpenglow.samplers import map_estimate
 from alpenglow.samplers.inputs import as_problem
 from alpenglow.samplers.map_estimate import MapEstimate
@@ -100,11 +99,11 @@ def find_map(
     if type(max_iterations) is not int or max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations!r}; expected a positive integer")
     check_names("find_map", options, map_estimate.MapOptions)
-    low, high = getattr(prior, "sigma_range", (0.0, math.inf))
+    low, high = sigma_range(prior)
     limits: dict[str, Any] = {
         "sigma": max(map_estimate.MapOptions.sigma, low),
         "sigma_max": min(20.0, high),
-        "gradient_error": getattr(prior, "gradient_error", 0.0),
+        "gradient_error": gradient_error(prior),
     }
     chosen = map_estimate.MapOptions(**(limits | options | {"max_iterations": max_iterations}))
     check_numbers("find_map", chosen)

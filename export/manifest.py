@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from alpenglow.io.files import atomic_path
-from alpenglow.priors.network import Precision
+from alpenglow.priors.network import UNMEASURED_ERROR, Precision
 
 MANIFEST = "manifest.json"
 SCHEMA: Literal[1] = 1
@@ -50,7 +50,7 @@ class Manifest(_Strict):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     units: str
     sigma_range: tuple[PositiveFloat, PositiveFloat]
-    gradient_error: NonNegativeFloat = 0.2
+    gradient_error: NonNegativeFloat = UNMEASURED_ERROR
     precision: Precision
     class_label: int | None
     model: str

@@ -1,5 +1,8 @@
 """What the tests of the scheduler share: a fast prior in batches, and requests on it."""
 
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -79,3 +82,15 @@ def serve(core: Core) -> None:
     """Until nothing is left."""
     while core.turn():
         pass
+
+
+def interrupted(code: str) -> tuple[str, list[str]]:
+    """A real SIGINT to a real process, once it has printed a line: that line, and the words of the rest."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return first.removesuffix("\n"), output.split()

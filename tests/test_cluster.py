@@ -3,7 +3,6 @@
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from alpenglow.samplers.methods import METHODS, options_of
 from alpenglow.scheduler import RequestTimeoutError, SamplingError, spread
 from alpenglow.scheduler.spread import BLOCK
 from tests.cluster_priors import Logged, Poisoned, Slow
-from tests.scheduling import OPERATOR, SHAPE, Independent, arguments, same
+from tests.scheduling import OPERATOR, SHAPE, Independent, arguments, interrupted, same
 from tests.spreading import alike
 
 ray = pytest.importorskip("ray")
@@ -309,14 +308,7 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_ends_cleanly_with_partial_results() -> None:
     """A Ray of its own, in a real process, and a real SIGINT."""
-    process = subprocess.Popen([sys.executable, "-c", CTRL_C], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    session = process.stdout.readline().strip()
-    assert session
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    kept, count, initialized = output.split()
+    session, (kept, count, initialized) = interrupted(CTRL_C)
     assert kept == "kept"
     assert int(count) >= BLOCK
     assert initialized == "False"

@@ -14,7 +14,7 @@ from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
 from alpenglow.networks.song_unet import SongUNet
 from alpenglow.priors.loading import load_denoiser, load_prior, save_denoiser, zoo_names
 from alpenglow.priors.mixture import GaussianPrior
-from alpenglow.priors.network import NetworkPrior
+from alpenglow.priors.network import UNMEASURED_ERROR, NetworkPrior
 from alpenglow.priors.protocol import check_prior, denoise
 
 SHAPE = (1, 16, 16)
@@ -212,8 +212,10 @@ def test_check_prior_refuses(candidate: object, message: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_save_and_load(prior: NetworkPrior, tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "small.safetensors"
-    prior.save(path, dtype=dtype)
+    assert prior.gradient_error == UNMEASURED_ERROR
+    prior.trusted((0.01, 50.0), 0.125).save(path, dtype=dtype)
     loaded = load_prior(path)
+    assert loaded.gradient_error == 0.125
     assert (loaded.name, loaded.image_shape, loaded.sigma_range) == ("small", SHAPE, (0.01, 50.0))
     assert loaded.dtype == torch.float32
     x, sigma = images(3)

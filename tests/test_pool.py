@@ -1,8 +1,5 @@
 """Several devices of one process, engines that are lost: the results of one engine, and an orderly end."""
 
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -19,7 +16,7 @@ from alpenglow.scheduler.parts import Part
 from alpenglow.scheduler.pool import EngineLostError, Pool
 from alpenglow.scheduler.spread import BLOCK
 from tests.disk import full_disk
-from tests.scheduling import OPERATOR, SHAPE, Independent, arguments, same
+from tests.scheduling import OPERATOR, SHAPE, Independent, arguments, interrupted, same
 from tests.spreading import REQUESTS, alike, asked, here, of_one_engine
 
 # --- Several devices ---
@@ -140,13 +137,10 @@ try:
 except KeyboardInterrupt:
     print("kept", handle.partial().num_samples)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert int(output.split()[1]) >= BLOCK
+    first, (kept, count) = interrupted(code)
+    assert first == "ready"
+    assert kept == "kept"
+    assert int(count) >= BLOCK
 
 
 class Elsewhere(Independent):

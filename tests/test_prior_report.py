@@ -18,10 +18,12 @@ from alpenglow.distillation.energy_checks import energy_consistency, rank_energi
 from alpenglow.distillation.evaluation import (
     AVERAGED,
     DEFAULT_SIGMAS,
+    LARGEST_ERROR,
     PriorReport,
     _log_mean,
     evaluate_coverage,
     evaluate_prior,
+    trusted_levels,
 )
 from alpenglow.distillation.generation import draw_unconditional
 from alpenglow.distillation.losses import Denoiser
@@ -102,6 +104,26 @@ def test_coverage_of_an_exact_prior_is_nominal() -> None:
     narrow = torch.tensor([row["coverage"] for row in rows[0.15]])
     assert narrow.mean() < 0.8
     assert all(row["coverage"] == row["coverage_clean"] for row in rows[0.4])
+
+
+@pytest.mark.parametrize(
+    ("errors", "low", "largest"),
+    [
+        ((0.19, 0.1, 0.02), 0.01, 0.19),  # all are good
+        ((0.9, 0.3, 0.1), 10**-0.5, LARGEST_ERROR),  # half way, in log sigma, between 0.1 and 1
+        ((0.3, 0.1, 0.02), 10**-1.5, LARGEST_ERROR),
+        ((0.1, 0.3, 0.1), 10**-0.5, LARGEST_ERROR),  # nothing below a level that is not good
+        ((0.1, 0.5, 0.9), 0.01, 0.9),  # nothing is
+        ((), 0.01, 0.0),
+    ],
+)
+def test_a_prior_is_trusted_above_the_level_where_its_error_grows_too_large(
+    errors: tuple[float, ...], low: float, largest: float
+) -> None:
+    rows = [{"sigma": s, "gradient_error": e} for s, e in zip((0.01, 0.1, 1.0), errors, strict=False)]
+    trusted, error = trusted_levels(rows, (0.01, 40.0))
+    assert trusted == pytest.approx((low, 40.0))
+    assert error == largest
 
 
 def test_the_mean_gradient_error_is_even_in_log_sigma() -> None:

@@ -568,19 +568,21 @@ class Ranged:
 
     image_shape = (1, 2, 2)
 
-    def __init__(self, low: float, high: float, device: str = "cpu") -> None:
+    def __init__(self, low: float, high: float, device: str = "cpu", error: float = 0.0) -> None:
         self.sigma_range, self.device = (low, high), torch.device(device)
+        self.gradient_error = error
 
     def energy_and_grad(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return 0.5 * x.square().flatten(1).sum(1), x
 
 
-def test_composed_priors_know_their_levels_and_device() -> None:
+def test_composed_priors_know_their_levels_error_and_device() -> None:
     gaussian = GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4))
     for joined in (
-        compose({Ranged(0.01, 10.0): 1.0, Ranged(0.02, 20.0): 2.0, gaussian: 1.0}),
-        stack([Ranged(0.01, 10.0), Ranged(0.02, 20.0)]),
+        compose({Ranged(0.01, 10.0, error=0.1): 1.0, Ranged(0.02, 20.0, error=0.2): 2.0, gaussian: 1.0}),
+        stack([Ranged(0.01, 10.0, error=0.2), Ranged(0.02, 20.0, error=0.1)]),
     ):
+        assert joined.gradient_error == 0.2  # type: ignore[attr-defined]
         assert joined.sigma_range == (0.02, 10.0)  # type: ignore[attr-defined]
         assert joined.device == torch.device("cpu")  # type: ignore[attr-defined]
     for join in (lambda a, b: compose({a: 1.0, b: 1.0}), lambda a, b: stack([a, b])):

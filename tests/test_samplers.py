@@ -14,6 +14,8 @@ import alpenglow as ag
 from alpenglow.priors.mixture import GaussianPrior, smooth_covariance
 from alpenglow.samplers import alps, bridge, calibrated, kinetic, mode_weights
 from alpenglow.samplers.chains import drive
+from alpenglow.samplers.kinetic import LARGEST_MEMORY
+from alpenglow.samplers.methods import options_of
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 from benchmarks.beds import Bed, Score, gaussian, score, several_modes, single_mode, steady_modes
 
@@ -206,6 +208,17 @@ class Skittish(Explosive):
         return flat.square().sum(1) * 0.5, (share * flat + 0.5 * turned).reshape(x.shape)
 
 
+@pytest.mark.parametrize("error", [0.0, 0.01, 0.2])
+def test_momentum_is_kept_as_far_as_the_gradient_is_known(error: float) -> None:
+    """Critical friction, exp(-2 h sigma / s), of the widest direction that the gradient is sure to hold."""
+    prior = gaussian().prior
+    prior.gradient_error, prior.sigma_range = error, (0.03, 5.0)  # type: ignore[attr-defined]
+    options = options_of("calibrated", {"step_size": 0.5}, prior)
+    assert options.memory_limit == pytest.approx(min(LARGEST_MEMORY, math.exp(-math.sqrt(error))))
+    assert (options.sigma_min, options.sigma_range) == (0.03, (1.0, 5.0))
+    assert options_of("calibrated", {"memory_limit": 0.7}, prior).memory_limit == 0.7
+
+
 def test_divergence_is_an_error_that_names_chains() -> None:
     operator = ag.operators.Inpainting(torch.eye(4))
     with pytest.raises(RuntimeError, match=r"diverged.*also without momentum"):
@@ -355,6 +368,21 @@ def test_map_of_a_gaussian_is_its_mean_and_the_objective_falls() -> None:
     assert ((estimate.image - exact.mean) / exact.std).square().mean().sqrt() < 0.02
     assert all(b <= a for a, b in zip(estimate.objective, estimate.objective[1:], strict=False))
     assert len(estimate.objective) > 2
+
+
+def test_map_stops_where_only_the_error_of_the_prior_is_left() -> None:
+    """At the image that is returned, and not before, grad U is below the share of the prior's part."""
+    bed, sigma, error = gaussian(), torch.tensor([0.05]), 0.05
+    estimate = ag.find_map(
+        bed.prior, bed.operator, bed.y, noise_std=bed.noise_std, sigma=0.05, gradient_error=error
+    )
+    exact = ag.find_map(bed.prior, bed.operator, bed.y, noise_std=bed.noise_std, sigma=0.05)
+    assert estimate.converged
+    assert estimate.nfe < exact.nfe
+    assert estimate.objective == exact.objective[: len(estimate.objective)]
+    prior = bed.prior.energy_and_grad(estimate.image[None], sigma)[1] / sigma**2
+    misfit = bed.operator.adjoint(bed.operator.forward(estimate.image[None]) - bed.y) / bed.noise_std**2
+    assert (prior + misfit).norm() < error * prior.norm()
 
 
 def test_map_objective_never_rises_on_a_mixture() -> None:

@@ -3,9 +3,6 @@
 import asyncio
 import json
 import logging
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -17,7 +14,7 @@ import torch
 import alpenglow as ag
 from alpenglow.scheduler import RequestTimeoutError, SamplingError
 from alpenglow.scheduler.core import Core
-from tests.scheduling import NFE, Independent, arguments, queue, same, serve
+from tests.scheduling import NFE, Independent, arguments, interrupted, queue, same, serve
 
 # --- Handles ---
 
@@ -140,13 +137,8 @@ try:
 except KeyboardInterrupt:
     print("kept", handle.partial().num_samples)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    kept, count = output.split()
+    first, (kept, count) = interrupted(code)
+    assert first == "ready"
     assert kept == "kept"
     assert int(count) >= 8
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -97,21 +97,17 @@ def trusted_levels(
     """The part of `sigma_range` above the highest level whose gradient error exceeds LARGEST_ERROR.
 
     levels: of `evaluate_prior`, in rising order; between them the error is taken as linear in log sigma. Also
-    returns the largest error of what is left. It ends at the highest level, however large the error.
+    returns the largest error of what is left. All of it is left where even the highest level's is too large:
+    the error then tells what there is to trust.
     """
-    (low, high), worst = sigma_range, 0.0
-    points = [(math.log(row["sigma"]), row["gradient_error"]) for row in levels]
-    for index in range(len(points) - 1, -1, -1):
-        log_sigma, error = points[index]
-        if error > LARGEST_ERROR:
-            if index + 1 < len(points):
-                above, below = points[index + 1], points[index]
-                share = (LARGEST_ERROR - above[1]) / (below[1] - above[1])
-                low = math.exp(above[0] + share * (below[0] - above[0]))
-                return (max(low, sigma_range[0]), high), LARGEST_ERROR
-            return (min(max(math.exp(log_sigma), low), high), high), error
-        worst = max(worst, error)
-    return (low, high), worst
+    downwards = [(row["gradient_error"], math.log(row["sigma"])) for row in reversed(levels)]
+    trusted = list(takewhile(lambda level: level[0] <= LARGEST_ERROR, downwards))
+    if not trusted or len(trusted) == len(downwards):
+        return sigma_range, max((error for error, _ in downwards), default=0.0)
+    (above, log_above), (below, log_below) = trusted[-1], downwards[len(trusted)]
+    share = (LARGEST_ERROR - above) / (below - above)
+    low, high = sigma_range
+    return (max(math.exp(log_above + share * (log_below - log_above)), low), high), LARGEST_ERROR
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from alpenglow.distillation.processes import Processes
 from alpenglow.distillation.sources import ImageSource, open_source
 from alpenglow.distillation.training import train
 from alpenglow.networks.denoiser import EDMDenoiser
-from alpenglow.networks.storage import Kind, read_denoiser, save_denoiser
+from alpenglow.networks.storage import read_denoiser, save_denoiser
 from alpenglow.priors.loading import load_prior
 from alpenglow.priors.network import PRECISIONS, check_fits
 
@@ -177,28 +178,18 @@ def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> Non
     # Below the noise floor of its images a prior knows nothing but the floor.
     trained = (max(LOWEST_LEVEL, recipe.sigma.low, floor), recipe.sigma.high)
 
-    def save(
-        path: Path, denoiser: EDMDenoiser, kind: Kind, dtype: torch.dtype, *,
-        sigma_range: tuple[float, float] = trained, error: float | None = None,
-    ) -> None:  # fmt: skip
-        save_denoiser(
-            path, denoiser, name=recipe.name, image_shape=source.image_shape, kind=kind,
-            sigma_range=sigma_range, gradient_error=error, units=recipe.units, dtype=dtype,
-        )  # fmt: skip
-
+    save = partial(save_denoiser, name=recipe.name, image_shape=source.image_shape, units=recipe.units)
     weights = folder / f"{recipe.name}.safetensors"
-    save(weights, energy, "energy", torch.float16)
+    save(weights, energy, sigma_range=trained)
     if isinstance(recipe.teacher, StageConfig):
         assert isinstance(teacher, EDMDenoiser)
-        save(folder / f"{recipe.name}-teacher.safetensors", teacher, "teacher", torch.float32)
+        path = folder / f"{recipe.name}-teacher.safetensors"
+        save(path, teacher, kind="teacher", sigma_range=trained, dtype=torch.float32)
     classes = _label_dim(energy)
     # What is measured is the file; of a class-conditional prior, class 0.
     prior = load_prior(weights, class_label=0 if classes else None)
     report = report_prior(prior, teacher, source, noise_floor=floor)
-    save(
-        weights, energy, "energy", torch.float16,
-        sigma_range=report.sigma_range, error=report.largest_gradient_error,
-    )  # fmt: skip
+    save(weights, energy, sigma_range=report.sigma_range, gradient_error=report.largest_gradient_error)
     logs = (folder / "teacher.jsonl", folder / "energy.jsonl")
     write_card(
         folder / f"{recipe.name}.md",

@@ -1,12 +1,11 @@
 """Products of experts: weighted sums of energies, and experts side by side over channels."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from alpenglow.priors.protocol import Prior, check_prior
+from alpenglow.priors.protocol import Prior, check_prior, gradient_error, sigma_range
 
 
 class _Experts:
@@ -14,8 +13,8 @@ class _Experts:
 
     def __init__(self, experts: Sequence[Prior]) -> None:
         self.experts = tuple(experts)
-        ranges = [getattr(prior, "sigma_range", (0.0, math.inf)) for prior in experts]
-        self.gradient_error = max(getattr(prior, "gradient_error", 0.0) for prior in experts)
+        ranges = [sigma_range(prior) for prior in experts]
+        self.gradient_error = max(map(gradient_error, experts))
         self.sigma_range = (max(low for low, _ in ranges), min(high for _, high in ranges))
         if self.sigma_range[0] >= self.sigma_range[1]:
             raise ValueError(f"the priors have no noise level in common: their sigma_range are {ranges}")

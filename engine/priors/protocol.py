@@ -1,5 +1,6 @@
 """What samplers ask of a prior (DESIGN 3)."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -20,6 +21,17 @@ class Prior(Protocol):
 def denoise(prior: Prior, x: Tensor, sigma: Tensor) -> Tensor:
     """MMSE denoiser D(x, sigma) = x - G [B, C, H, W] of x [B, C, H, W] at levels sigma [B] (DESIGN 1)."""
     return x - prior.energy_and_grad(x, sigma)[1]
+
+
+def sigma_range(prior: object) -> tuple[float, float]:
+    """The levels that a prior is for; all where it names none."""
+    low, high = getattr(prior, "sigma_range", (0.0, math.inf))
+    return float(low), float(high)
+
+
+def gradient_error(prior: object) -> float:
+    """The largest relative error of its G at those levels; 0 where it names none, as closed forms do."""
+    return getattr(prior, "gradient_error", 0.0)
 
 
 _EXPECTED = (

@@ -52,11 +52,9 @@ def chains(problem: Problem, noise: Noise, options: AlpsOptions) -> Chains[Popul
     """
     problem = replace(problem, operator=problem.operator.with_published_noise())
     count = len(noise.chain_ids)
-    nothing = torch.zeros(count, *problem.image_shape, dtype=problem.dtype, device=noise.chain_ids.device)
-    levels = [levels_of(level, count, nothing) for level in schedule(options)]
-    start = problem.to_basis(nothing)
-    z = problem.step(start, None, nothing, levels[0], StepWeights(z_w=1.0), noise.counters(0)).z
-    energy = torch.zeros(count, dtype=problem.dtype, device=nothing.device)
+    energy = torch.zeros(count, dtype=problem.dtype, device=noise.chain_ids.device)
+    levels = [levels_of(level, count, energy) for level in schedule(options)]
+    z = problem.start(noise.counters(0), levels[0])
     iteration = 0
     for index, sigma in enumerate(levels):
         if index:

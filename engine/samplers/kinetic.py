@@ -44,11 +44,8 @@ class KineticState:
 def init(problem: Problem, noise: Noise, sigma: float) -> KineticState:
     """Chains at P A^T y / eta^2 + w, w ~ N(0, P), with momenta from N(0, P), at level sigma."""
     count = len(noise.chain_ids)
-    nothing = torch.zeros(count, *problem.image_shape, dtype=problem.dtype, device=noise.chain_ids.device)
-    level = levels_of(sigma, count, nothing)
-    z = problem.step(
-        problem.to_basis(nothing), None, nothing, level, StepWeights(z_w=1.0), noise.counters(0)
-    ).z
+    level = torch.full((count,), sigma, dtype=problem.dtype, device=noise.chain_ids.device)
+    z = problem.start(noise.counters(0), level)
     u = problem.draw_in_basis(noise.counters(0, draw=1), level)
     parts = torch.view_as_real(z) if z.is_complex() else z
     limit = _RANGE * parts.abs().flatten(1).amax(1)

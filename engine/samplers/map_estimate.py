@@ -58,15 +58,18 @@ class MapOptions:
     gradient_error: float = 0.0
 
 
-def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor, float]:
-    """U, the majoriser's minimiser mu(x), and the size of grad U beside that of the prior's part; 1 NFE."""
+def _objective(problem: Problem, x: Tensor, sigma: Tensor) -> tuple[float, Tensor, Tensor]:
+    """U, the majoriser's minimiser mu(x), and the prior's G; 1 NFE."""
     energy, grad = problem.prior.energy_and_grad(x, sigma)
-    target = problem.target(x, grad, sigma)
-    move = target - x
+    return problem.potential(x, energy, sigma).item(), problem.target(x, grad, sigma), grad
+
+
+def _settled(problem: Problem, move: Tensor, grad: Tensor, sigma: Tensor, error: float) -> bool:
+    """Whether grad U is below a share `error` of the prior's part of it; move: mu(x) - x, grad: G at x."""
+    if error == 0:
+        return False  # of an exact prior: spares A^T A
     pull = problem.operator.normal(move) / problem.noise_std**2 + move / sigma.square()  # -grad U
-    prior = grad.norm() / sigma.square()
-    share = (pull.norm() / prior).item() if prior > 0 else math.inf
-    return problem.potential(x, energy, sigma).item(), target, share
+    return bool(pull.norm() < error * grad.norm() / sigma.square())
 
 
 def find(
@@ -80,7 +83,7 @@ def find(
         x = problem.target(x, problem.prior.energy_and_grad(x, sigma)[1], sigma)
         progress(1)
     sigma = levels_of(options.sigma, 1, x)
-    value, target, share = _objective(problem, x, sigma)
+    value, target, grad = _objective(problem, x, sigma)
     nfe = options.levels + 1
     if not math.isfinite(value):
         raise RuntimeError(
@@ -88,21 +91,22 @@ def find(
         )
     trace, best, best_target = [value], x, target
     momentum, step, previous = 1.0, 1.0, x
-    converged = share < options.gradient_error
-    for _ in range(options.max_iterations):
-        if converged:
-            break
+    converged = _settled(problem, target - x, grad, sigma, options.gradient_error)
+    most = nfe + options.max_iterations
+    while not converged and nfe < most:
         following = 0.5 * (1 + math.sqrt(1 + 4 * momentum**2))
         beta = (momentum - 1) / following
         x = best + step * (best_target - best) + (beta * (best - previous) if beta else 0)
-        value, target, share = _objective(problem, x, sigma)
+        value, target, grad = _objective(problem, x, sigma)
         nfe += 1
         progress(1)
         if value <= trace[-1]:
             moved = (x - best).square().mean().sqrt().item()
             previous, best, best_target, momentum = best, x, target, following
             trace.append(value)
-            converged = moved <= options.tolerance * options.sigma or share < options.gradient_error
+            converged = moved <= options.tolerance * options.sigma or _settled(
+                problem, target - x, grad, sigma, options.gradient_error
+            )
             continue
         if beta:
             momentum, previous = 1.0, best  # restart

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from alpenglow.priors.protocol import gradient_error, sigma_range
 from alpenglow.samplers import alps, calibrated, metropolis
 from alpenglow.samplers.chains import Chains, Population
 from alpenglow.samplers.problem import Noise, Problem
@@ -56,18 +57,19 @@ def options_of(method: str, given: dict[str, Any], prior: Any) -> Any:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     kind: Any = METHODS[method].options
     check_names(f'method "{method}"', given, kind)
-    low, high = getattr(prior, "sigma_range", (0.0, math.inf))
+    low, high = sigma_range(prior)
     options = METHODS[method].defaults | given
     if "sigma_min" not in options and method != "alps":
         options["sigma_min"] = max(kind.sigma_min, low)
-    if method == "calibrated" and "sigma_range" not in options:
+    if method == "calibrated":
         smallest, largest = kind.sigma_range
-        options["sigma_range"] = (min(smallest, high), min(largest, high))
-    if method == "calibrated" and "memory_limit" not in options:
-        trusted = calibrated.trusted_memory(
-            options.get("step_size", kind.step_size), getattr(prior, "gradient_error", 0.0)
-        )
-        options["memory_limit"] = min(kind.memory_limit, trusted)
+        step_size = options.get("step_size", kind.step_size)
+        trusted = calibrated.trusted_memory(step_size, gradient_error(prior))
+        known = {
+            "sigma_range": (min(smallest, high), min(largest, high)),
+            "memory_limit": min(kind.memory_limit, trusted),
+        }
+        options = known | options
     chosen = kind(**options)
     check_numbers(f'method "{method}"', chosen)
     return chosen

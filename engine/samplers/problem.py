@@ -74,6 +74,11 @@ class Problem:
         """mu(x) = P (A^T y / eta^2 + (x - G) / sigma^2) [B, C, H, W]: a step without noise."""
         return self.from_basis(self.step(self.to_basis(x), None, grad, sigma, StepWeights(), None).z)
 
+    def start(self, counters: Tensor, sigma: Tensor) -> Tensor:
+        """P A^T y / eta^2 + w, w ~ N(0, P), for each sigma [B], in the operator's basis; see `step`."""
+        nothing = torch.zeros(len(sigma), *self.image_shape, dtype=self.dtype, device=sigma.device)
+        return self.step(self.to_basis(nothing), None, nothing, sigma, StepWeights(z_w=1.0), counters).z
+
     def draw_in_basis(self, counters: Tensor, sigma: Tensor) -> Tensor:
         """A sample of N(0, P(sigma)) for each sigma [B], in the operator's basis; see `step`."""
         nothing = torch.zeros(len(sigma), *self.image_shape, dtype=self.dtype, device=sigma.device)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from alpenglow.loading import load_prior
-from alpenglow.priors.protocol import check_prior
+from alpenglow.priors.loading import as_device
+from alpenglow.priors.protocol import check_prior, gradient_error, sigma_range
 from alpenglow.scheduler.devices import Worker, place, place_prior
-from alpenglow.scheduler.errors import SamplingError
+from alpenglow.scheduler.errors import SamplingError, caused
 from alpenglow.scheduler.metrics import Metrics
 from alpenglow.scheduler.parts import Part
 from alpenglow.scheduler.request import Request
@@ -42,8 +43,7 @@ class Actor:
 
     def __init__(self, device: str, *, threads: int, **options: Any) -> None:
         torch.set_num_threads(threads)
-        # Only a tensor knows that "cuda" means "cuda:0".
-        self._device = torch.empty(0, device=device).device
+        self._device = as_device(device)
         self._worker = Worker(self._device, **options)
         self._priors: dict[int, Any] = {}
         self._requests: OrderedDict[int, Request] = OrderedDict()
@@ -62,8 +62,8 @@ class Actor:
         return {
             "image_shape": shape,
             "name": getattr(found, "name", type(found).__name__),
-            "sigma_range": tuple(getattr(found, "sigma_range", (0.0, float("inf")))),
-            "gradient_error": getattr(found, "gradient_error", 0.0),
+            "sigma_range": sigma_range(found),
+            "gradient_error": gradient_error(found),
         }
 
     async def run(self, ticket: int, name: str, sent: Sent, part: Part) -> Packed | SamplingError:
@@ -71,7 +71,7 @@ class Actor:
         try:
             request = await self._request(sent)
         except Exception as error:
-            return SamplingError(f"{name}: {str(error) or type(error).__name__}")
+            return caused(name, error)
         try:
             return pack(await asyncio.wrap_future(self._worker.begin(ticket, request, part)))
         except SamplingError as error:

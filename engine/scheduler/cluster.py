@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from alpenglow.priors.protocol import check_prior
-from alpenglow.scheduler.errors import SamplingError
+from alpenglow.scheduler.errors import SamplingError, caused
 from alpenglow.scheduler.metrics import Metrics
 from alpenglow.scheduler.parts import Part
 from alpenglow.scheduler.pool import EngineLostError, Pool
@@ -131,9 +131,7 @@ def _deliver(answer: "Future[Any]", result: "Future[Any]", name: str) -> None:
     except _LOST as error:
         result.set_exception(EngineLostError(_first_line(error)))
     except Exception as error:
-        failure = SamplingError(f"{name}: {error}")
-        failure.__cause__ = error
-        result.set_exception(failure)
+        result.set_exception(caused(name, error))
 
 
 def _first_line(error: Exception) -> str:

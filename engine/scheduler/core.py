@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Core:
         body: Body | None = None,
     ) -> Run:
         """A run of `request`, or of the part of it that `body` is; see Run."""
-        limit = self.memory_limit(request.problem.y.device)
+        limit = self._limit(request.problem.y.device)
         return Run(request, max_memory=limit, publish=publish, clock=self._clock, body=body)
 
     def queue(self, run: Run) -> None:
@@ -94,7 +95,7 @@ class Core:
         run.last_served = self.turns
         self.waiting.append(run)
 
-    def memory_limit(self, device: torch.device) -> int:
+    def _limit(self, device: torch.device) -> int:
         """Bytes for the state of chains on a device."""
         if device not in self._limits:
             self._limits[device] = self._max_memory or int(MEMORY_SHARE * device_memory(device))
@@ -127,10 +128,10 @@ class Core:
 
     def _admit(self) -> None:
         """Start waiting runs while their chains fit, strictly in order, so that large ones get their turn."""
-        for run in sorted(self.waiting, key=_turn_order):
+        for run in sorted(self.waiting, key=attrgetter("turn_order")):
             device = run.request.problem.y.device
             others = [other for other in self.live if other.request.problem.y.device == device]
-            if others and sum(other.memory for other in others) + run.memory > self.memory_limit(device):
+            if others and sum(other.memory for other in others) + run.memory > self._limit(device):
                 return
             self.waiting.remove(run)
             run.last_served = self.turns - 1  # before those that this turn serves
@@ -155,7 +156,7 @@ class Core:
         """The rows of the next batch."""
         key = self._last_lane
         mine = [run for run in self.live if id(run.request.problem.prior) == key]
-        runs = sorted(mine, key=_turn_order)
+        runs = sorted(mine, key=attrgetter("turn_order"))
         pieces = []
         room = lane.capacity
         for run in runs if lane.slots is not None else runs[:1]:
@@ -246,10 +247,6 @@ class Core:
                 if answer is not None and not piece.run.done:
                     piece.run.give(*answer)
         self.work.chain_seconds += time.perf_counter() - began
-
-
-def _turn_order(run: Run) -> tuple[int, float, int]:
-    return run.turn_order
 
 
 def _finite(x: Tensor) -> bool:

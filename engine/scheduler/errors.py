@@ -13,6 +13,13 @@ class SamplingError(RuntimeError):
     out_of_memory: bool = False
 
 
+def caused(where: str, error: BaseException, note: str = "") -> SamplingError:
+    """The error of a request to which `error` happened; where: the request, and what it did."""
+    failure = SamplingError(f"{where}: {str(error) or type(error).__name__}{note}")
+    failure.__cause__ = error
+    return failure
+
+
 class RequestTimeoutError(SamplingError, TimeoutError):
     """A request that its timeout ended."""
 

@@ -14,7 +14,7 @@ from alpenglow.posterior import Posterior
 from alpenglow.samplers.chains import Answer, Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise
 from alpenglow.scheduler.checkpoint import Checkpoint, fingerprint, probe
-from alpenglow.scheduler.errors import CheckpointError, SamplingError
+from alpenglow.scheduler.errors import CheckpointError, SamplingError, caused
 from alpenglow.scheduler.ledger import Ledger, block_size
 from alpenglow.scheduler.memory import current_device, is_out_of_memory
 from alpenglow.scheduler.request import Request
@@ -101,7 +101,7 @@ class Run(Ledger):
 
     def where(self, rows: Tensor | None = None) -> str:
         """The request, its stage, the chains of `rows` of the present wish and its levels, for an error."""
-        text = f"{self.request.name}: {self.stage}"
+        text = super().where()
         if self._wish is not None:
             sigma = self._wish.sigma if rows is None else self._wish.sigma[rows]
             low, high = sigma.min().item(), sigma.max().item()
@@ -135,8 +135,7 @@ class Run(Ledger):
     def explain(self, error: Exception, rows: Tensor | None = None) -> SamplingError:
         """The error that names this request, what it did, and `rows` of its present wish."""
         nan = f" (the prior gave NaN for {self.faults} images)" if self.faults else ""
-        failure = SamplingError(f"{self.where(rows)}: {str(error) or type(error).__name__}{nan}")
-        failure.__cause__ = error
+        failure = caused(self.where(rows), error, nan)
         failure.out_of_memory = is_out_of_memory(error)
         return failure
 

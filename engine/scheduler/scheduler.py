@@ -9,10 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from alpenglow.scheduler.core import Core
-from alpenglow.scheduler.handle import Handle, settle
+from alpenglow.scheduler.handle import Handle, join, settle
 from alpenglow.scheduler.metrics import Metrics, measure
 from alpenglow.scheduler.request import Request, make_request
 from alpenglow.scheduler.run import Body, Run
@@ -161,10 +159,6 @@ class Scheduler(Frontend):
             self._inbox.append(run)
             self._wake.notify_all()
 
-    def memory_limit(self, device: torch.device) -> int:
-        """Bytes for the state of chains on a device."""
-        return self._core.memory_limit(device)
-
     def metrics(self) -> Metrics:
         """Counters as they are now."""
         return measure(self._core, finished=self._finished, failed=self._failed)
@@ -181,10 +175,10 @@ class Scheduler(Frontend):
         if not self._thread.is_alive():
             return
         try:
-            self._thread.join()
+            join(self._thread)
         except BaseException:  # Ctrl-C while waiting
             self._stopping = True
-            self._thread.join()
+            join(self._thread)
             raise
 
     def _serve(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from alpenglow.posterior import Posterior
 from alpenglow.samplers.chains import Population
 from alpenglow.scheduler.checkpoint import Checkpoint, fingerprint
-from alpenglow.scheduler.errors import CheckpointError, SamplingError
+from alpenglow.scheduler.errors import CheckpointError, SamplingError, caused
 from alpenglow.scheduler.ledger import Ledger, block_size
 from alpenglow.scheduler.parts import Block, BlockPart, Part, PilotPart, Prepared, WholePart
 from alpenglow.scheduler.request import Request
@@ -147,9 +147,7 @@ class Spread(Ledger):
 
     def explain(self, error: BaseException) -> SamplingError:
         """The error of what happened here, not on an engine."""
-        failure = SamplingError(f"{self.where()}: {str(error) or type(error).__name__}")
-        failure.__cause__ = error
-        return failure
+        return caused(self.where(), error)
 
     def _prepare(self, found: Prepared) -> None:
         if found.probed is not None:
