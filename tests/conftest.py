@@ -8,6 +8,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Of the pytests that tests start: they are no workers of this one.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 @pytest.fixture

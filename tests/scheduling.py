@@ -86,11 +86,16 @@ def serve(core: Core) -> None:
 
 def interrupted(code: str) -> tuple[str, list[str]]:
     """A real SIGINT to a real process, once it has printed a line: that line, and the words of the rest."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    # A process in the background inherits that it ignores SIGINT.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    with subprocess.Popen([sys.executable, "-c", heed + code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            assert first
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0
     return first.removesuffix("\n"), output.split()

@@ -29,6 +29,8 @@ from alpenglow.scheduler.cluster import Cluster  # noqa: E402, after the check t
 from alpenglow.scheduler.wire import pack, size, unpack  # noqa: E402
 
 pytestmark = pytest.mark.slow
+ENOUGH = 300.0
+"""Seconds; a worker that restarts loads torch, which takes a minute of a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def processes_of(session: str) -> list[str]:
 
 def by_one_engine(given: dict[str, Any]) -> ag.Posterior:
     with ag.Scheduler() as scheduler:
-        return scheduler.submit(Independent(), **{"population": BLOCK} | given).result(60)
+        return scheduler.submit(Independent(), **{"population": BLOCK} | given).result(ENOUGH)
 
 
 # --- Results ---
@@ -86,7 +88,7 @@ REQUESTS: list[dict[str, Any]] = [
 def test_results_are_those_of_one_engine_to_the_last_bit(cluster: Cluster, tmp_path: Path) -> None:
     prior = Logged(tmp_path)
     handles = [cluster.submit(prior, **arguments(i, **given)) for i, given in enumerate(REQUESTS)]
-    posteriors = [handle.result(60) for handle in handles]
+    posteriors = [handle.result(ENOUGH) for handle in handles]
     for i, posterior in enumerate(posteriors):
         expected = by_one_engine(arguments(i, **REQUESTS[i]))
         expected.settings["prior"] = posterior.settings["prior"]
@@ -99,16 +101,16 @@ def test_results_are_those_of_one_engine_to_the_last_bit(cluster: Cluster, tmp_p
 
 def test_a_worker_that_is_killed_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     given = arguments(num_samples=700)
-    unbroken = cluster.submit(Independent(), **given).result(60)
+    unbroken = cluster.submit(Independent(), **given).result(ENOUGH)
     prior = Slow(tmp_path)
     handle = cluster.submit(prior, **given)
-    until(lambda: len(prior.batches) == 2 and min(prior.batches.values()) > 170, 30)  # blocks are of 72
+    until(lambda: len(prior.batches) == 2 and min(prior.batches.values()) > 170)  # blocks are of 72
     killed = min(prior.batches)
     os.kill(killed, signal.SIGKILL)
     partial = handle.partial()
     assert partial is not None
     assert 0 < partial.num_samples < 700
-    broken = handle.result(120)
+    broken = handle.result(ENOUGH)
     assert alike(broken, unbroken)
     assert same(broken, ag.sample(Independent(), **given))
     # What it had begun was run again, and Ray has started another one.
@@ -122,11 +124,11 @@ def serving(cluster: Cluster, folder: Path) -> set[int]:
     here = folder / f"{time.monotonic()}"
     here.mkdir()
     prior = Slow(here)
-    cluster.submit(prior, **arguments(num_samples=4 * BLOCK)).result(60)
+    cluster.submit(prior, **arguments(num_samples=4 * BLOCK)).result(ENOUGH)
     return set(prior.batches)
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -160,11 +162,11 @@ def test_a_prior_by_name_is_loaded_by_the_workers(cluster: Cluster, tmp_path: Pa
     path = tmp_path / "prior.safetensors"
     prior.save(path, dtype=torch.float32)
     for source in ("fashion-28", path, prior):
-        found = cluster.submit(source, **given).result(60)
+        found = cluster.submit(source, **given).result(ENOUGH)
         assert same(found, expected), source
         assert found.settings == expected.settings
     output = tmp_path / "out.h5"
-    cluster.submit("fashion-28", **given, output=output).result(60)
+    cluster.submit("fashion-28", **given, output=output).result(ENOUGH)
     assert same(ag.Posterior.load(output), expected)
 
 
@@ -179,10 +181,10 @@ def test_errors_are_those_of_one_engine_and_are_not_tried_again(
     cluster: Cluster, tmp_path: Path, fault: str
 ) -> None:
     given = arguments(0, **BRIGHT)
-    error = cluster.submit(Poisoned(tmp_path, fault), **given).exception(60)
+    error = cluster.submit(Poisoned(tmp_path, fault), **given).exception(ENOUGH)
     spent = sum(Poisoned(tmp_path, fault).batches.values())
     with ag.Scheduler() as scheduler:
-        expected = scheduler.submit(Poisoned(tmp_path, fault), **given).exception(60)
+        expected = scheduler.submit(Poisoned(tmp_path, fault), **given).exception(ENOUGH)
     assert isinstance(error, SamplingError)
     assert str(error) == str(expected)
     assert "bright: chains 0 to 2, level " in str(error)
@@ -195,17 +197,17 @@ def test_a_request_that_ends_its_workers_fails_alone(
     monkeypatch.setattr(spread, "LOSSES", 2)  # each takes seconds
     good = cluster.submit(Slow(tmp_path), **arguments(1, num_samples=400))
     bad = cluster.submit(Poisoned(tmp_path, "exit"), **arguments(0, **BRIGHT))
-    error = bad.exception(120)
+    error = bad.exception(ENOUGH)
     assert isinstance(error, SamplingError)
     assert str(error).startswith("bright: chains 0 to 2 ended 2 engines; the last: ")
-    assert same(good.result(120), ag.sample(Independent(), **arguments(1, num_samples=400)))
+    assert same(good.result(ENOUGH), ag.sample(Independent(), **arguments(1, num_samples=400)))
 
 
 def test_a_worker_whose_device_is_of_no_more_use_makes_way(cluster: Cluster, tmp_path: Path) -> None:
     given = arguments(2, num_samples=200)
     (tmp_path / "batches").mkdir()
     prior = Poisoned(tmp_path / "batches", "device")
-    assert same(cluster.submit(prior, **given).result(60), ag.sample(Independent(), **given))
+    assert same(cluster.submit(prior, **given).result(ENOUGH), ag.sample(Independent(), **given))
     assert not Path("/proc", (tmp_path / "broken").read_text()).exists()
 
 
@@ -217,7 +219,7 @@ def test_cancelling_and_timeouts_free_the_workers(cluster: Cluster, tmp_path: Pa
     assert endless.cancel()
     with pytest.raises(CancelledError):
         endless.result(10)
-    error = late.exception(30)
+    error = late.exception(ENOUGH)
     assert isinstance(error, RequestTimeoutError)
     assert "the timeout of 2 s is over" in str(error)
     kept = endless.partial()

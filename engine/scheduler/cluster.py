@@ -46,6 +46,8 @@ _PINGS = 5
 """Times in a row that an actor may be found dead before it is given up; Ray restarts it meanwhile."""
 _PATIENCE = 120.0
 """Seconds for actors to start, and for a prior to be loaded."""
+_PAUSE = 0.5
+"""Seconds between two questions to actors that are gone for the moment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,18 +212,21 @@ class Cluster(Pool):
         return self._priors[key][1]
 
     def _describe(self, key: int, packed: Any) -> dict[str, Any]:
-        """A prior's facts, from the first actor that answers."""
-        problem: Exception | None = None
-        for engine in self._ray_engines:
+        """A prior's facts, from the first actor that answers; one that restarts has time to."""
+        end = time.monotonic() + _PATIENCE
+        for engine in itertools.cycle(self._ray_engines):
+            left = max(0.0, end - time.monotonic())
             try:
-                found = ray.get(engine.actor.describe.remote(key, [packed]), timeout=_PATIENCE)
+                found = ray.get(engine.actor.describe.remote(key, [packed]), timeout=left)
             except (*_LOST, ray_errors.GetTimeoutError) as error:
-                problem = error
+                if left == 0:
+                    raise EngineLostError(f"no worker answers; the last: {error}") from error
+                time.sleep(_PAUSE)
                 continue
             if isinstance(found, ValueError):
                 raise found
             return found
-        raise EngineLostError(f"no worker answers; the last: {problem}")
+        raise AssertionError("a cluster has engines")
 
     def ship(self, request: Request) -> None:
         """Put a request where actors find it. Raises ValueError where it cannot be pickled."""
