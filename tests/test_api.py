@@ -94,7 +94,7 @@ def test_the_result_says_how_it_was_made() -> None:
     assert posterior.settings["method"] == "calibrated"
     assert posterior.settings["options"]["nfe"] == 6
     assert posterior.settings["seed"] == 0
-    assert posterior.nfe == pytest.approx(6 + 32 * 40 / 3)  # the pilot's 32 chains of 40 gradients
+    assert posterior.nfe == pytest.approx(6 + 16 * 20 / 3)  # the pilot's 16 chains of 20 gradients
     assert posterior.diagnostics["modes"] == 1
     assert posterior.diagnostics["sigma_max"] == 1.0
     assert shares == sorted(shares)

@@ -105,18 +105,18 @@ def test_nan_that_comes_again_fails_the_request_and_no_other(method: str) -> Non
 
 
 def test_chains_held_through_nan_are_repeated_and_counted() -> None:
-    """The kinetic sampler marks such chains as diverged, and runs them again without momentum."""
+    """The kinetic sampler marks such chains as diverged, and runs them again at a calmer pace."""
     broken = []
 
     def one_level(call: int, x: Tensor, grad: Tensor) -> None:
-        if 170 < call <= 172:  # twice the same row: a batch of the first levels, and its second try
+        if 50 < call <= 52:  # twice the same row: a batch of the first levels, and its second try
             grad[0] = torch.nan
             broken.append(call)
 
     prior, core = Faulty(one_level), Core()
     run = queue(core, prior, 0, method="calibrated", num_samples=6, nfe=20)
     serve(core)
-    assert broken == [171, 172]
+    assert broken == [51, 52]
     assert run.result is not None
     assert run.result.diagnostics["nan_evaluations"] == 1
     assert run.result.diagnostics["diverged"] == 1
@@ -245,7 +245,7 @@ from tests.scheduling import Independent, arguments
 torch.set_num_threads(1)
 class Killed(Independent):
     def run(self, x, sigma):
-        if len(self.asked) > 215:
+        if len(self.asked) > 95:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().run(x, sigma)
 with ag.Scheduler() as scheduler:
@@ -271,7 +271,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_samples(tmp_path: Path, one_t
     assert torch.equal(loaded.energy, whole.energy)
     assert posterior.nfe == whole.nfe
     assert posterior.diagnostics["populations"] == 5  # the size that it began with
-    assert sum(prior.asked) < NFE * 60 + 32 * 40  # of what was finished nothing was run again
+    assert sum(prior.asked) < NFE * 60 + 16 * 20  # of what was finished nothing was run again
     assert list(tmp_path.iterdir()) == [output]
 
 

@@ -1,6 +1,8 @@
 """The default method: annealed kinetic Langevin, one step a level, from a level that a pilot run finds.
 
-Where the population parts into modes, particle weights keep their masses right (mode_weights.py).
+Chains must keep up with their levels: by momentum where the prior is known exactly, by the flow from level to
+level where a network stands for it; see `Pace`. Where the population parts into modes, particle weights keep
+their masses right (mode_weights.py).
 """
 
 import math
@@ -16,8 +18,10 @@ from alpenglow.samplers import kinetic, mode_weights
 from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 
-PILOT_CHAINS = 32
-PILOT_STEPS = 40
+PILOT_CHAINS = 16
+PILOT_STEPS = 20
+PILOT_MEMORY = 0.5
+"""Share of the momentum that it keeps; nothing is known of the spread yet."""
 _PILOT_IDS = 2**31  # far from the ids of any request, so that the pilot's noise is its own
 _RESAMPLING_STREAM = 2**20
 LOOK_RATIO = 0.7
@@ -25,10 +29,10 @@ LOOK_RATIO = 0.7
 LEAST_ESS = 0.8
 """Share of the particles below which the effective sample size makes them be resampled before the last level.
 Early copies part again; a mode's mass is measured anew in any case."""
+LARGEST_CAUTIOUS_STEP = 1.0
+"""Stable where the slope of a network's G is up to 4; that of an exact prior's is at most 1."""
 LAST_DRAWS = 4
 """Draws a particle for the masses at the last level; 1 at those before, which only save particles."""
-CLUMPED = 0.4
-"""`crowding` of a pilot below which its chains count as parted: 0.2 on mixtures, 0.6 to 0.9 on one mode."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class CalibratedOptions:
     """nfe: gradients a sample along the path; where there are several modes, weights add about 20.
 
     weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
-    0.01). step_size: h, and modal_step_size where the pilot's chains ended in separate modes: the error of a
-    large step moves mass between modes before they part. memory_limit: the largest share of momentum kept
-    in a step (0: Leimkuhler-Matthews); of a prior that is only approximately known, see `trusted_memory`.
+    0.01). step_size: h of the kinetic step. memory_limit: the largest share of momentum kept in a step (0:
+    Leimkuhler-Matthews). gradient_error: relative error of the prior's G at sigma_min (default: the prior's
+    own); unless it is 0 chains keep no momentum, and h follows from it (see `cautious_step`).
     """
 
     nfe: int = 100
@@ -47,18 +51,37 @@ class CalibratedOptions:
     sigma_range: tuple[float, float] = (1.0, 20.0)
     """Where the first level may lie."""
     step_size: float = 1.5
-    modal_step_size: float = 0.7
     memory_limit: float = kinetic.LARGEST_MEMORY
+    gradient_error: float = 0.0
 
 
-def trusted_memory(step_size: float, gradient_error: float) -> float:
-    """The share of momentum to keep at most where the prior's gradient has a relative error.
+@dataclass(frozen=True)
+class Pace:
+    """How chains go from a level to the next: h and c of the kinetic step, and whether the flow carries them.
 
-    At level sigma a direction of standard deviation s is held by a share sigma^2 / s^2 of the gradient, which
-    an error hides where s > sigma / gradient_error^(1/2). Friction that is critical for that width settles
-    every direction that the prior knows; with less, chains walk off along those it does not know.
+    What is wide beside sigma relaxes slowly, and lags behind its level. Momentum helps where the gradient is
+    exact. It also amplifies what an inexact one gets wrong; the flow (`kinetic.carry`) does not.
     """
-    return math.exp(-2 * step_size * math.sqrt(gradient_error))
+
+    step_size: float
+    memory: float
+    carried: bool
+
+    def calmer(self) -> "Pace":
+        """For chains that diverged."""
+        return replace(self, memory=0.0) if self.memory else replace(self, step_size=self.step_size / 2)
+
+
+def cautious_step(sigma: float, following: float, gradient_error: float, sigma_min: float) -> float:
+    """h at level sigma of a prior whose G has a relative error eps, which is measured at sigma_min.
+
+    A direction of standard deviation s is held by a share sigma^2 / s^2 of the gradient: an error eps hides
+    those with s > sigma / eps^(1/2), and in them chains only walk. While sigma falls by a factor e, steps of
+    h walk a variance h^2 sigma^2 / ln(sigma / following), which is to stay below s^2. The errors of the zoo's
+    priors fall as sigma^(-1/2), from 0.2 at 0.04 to 0.01 at 10, and so is eps continued here.
+    """
+    error = gradient_error * math.sqrt(sigma_min / sigma)
+    return min(LARGEST_CAUTIOUS_STEP, math.sqrt((1 - following / sigma) / error))
 
 
 @dataclass(frozen=True)
@@ -80,12 +103,12 @@ class Path:
 class CalibratedPlan:
     """What a request's populations share, found by its pilot.
 
-    spread: posterior std along the first principal component; crowding: see `crowding`.
+    spread: posterior std along the first principal component; calm: whether the pilot diverged at first.
     """
 
     options: CalibratedOptions
     spread: float
-    crowding: float
+    calm: bool = False
 
     @property
     def sigma_max(self) -> float:
@@ -93,20 +116,16 @@ class CalibratedPlan:
         low, high = self.options.sigma_range
         return min(max(2 * self.spread, low), high)
 
-    @property
-    def parted(self) -> bool:
-        """Whether the pilot's chains ended in separate modes."""
-        return self.crowding <= CLUMPED
-
-    @property
-    def step_size(self) -> float:
-        """h of the kinetic step."""
-        chosen, modal = self.options.step_size, self.options.modal_step_size
-        return min(chosen, modal) if self.parted else chosen
-
-    def memory(self, sigma: float) -> float:
-        """Share of the momentum that survives a step at level sigma."""
-        return min(self.options.memory_limit, kinetic.memory(self.step_size, sigma, self.spread))
+    def pace(self, sigma: float, following: float) -> Pace:
+        """From level sigma to the following one."""
+        options = self.options
+        if options.gradient_error > 0:
+            step = cautious_step(sigma, following, options.gradient_error, options.sigma_min)
+            pace = Pace(min(step, options.step_size), 0.0, True)
+        else:
+            memory = kinetic.memory(options.step_size, sigma, self.spread)
+            pace = Pace(options.step_size, min(options.memory_limit, memory), False)
+        return pace.calmer() if self.calm else pace
 
 
 def anneal(
@@ -114,20 +133,19 @@ def anneal(
     noise: Noise,
     levels: list[float],
     *,
-    step_size: float,
-    memory: Callable[[float], float],
+    pace: Callable[[float, float], Pace],
     weigh: bool,
 ) -> Chains[Path]:
     """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
 
-    Raises nothing: chains that diverge are held, and marked.
+    pace: from a level to the following one. Raises nothing: chains that diverge are held, and marked.
     """
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0])
     ancestors = torch.arange(count, device=state.x.device)
     resamplings = 0
     looked_at = levels[0]
-    for sigma in levels:
+    for sigma, following in zip(levels, [*levels[1:], levels[-1]], strict=True):
         energy, grad = yield Evaluate(state.x, levels_of(sigma, count, state.x))
         # Diverged chains would be weighted away without a word: their population is to be run again.
         if weigh and sigma <= LOOK_RATIO * looked_at and not state.diverged.any():
@@ -137,7 +155,10 @@ def anneal(
                 parents = _parents(noise, state, weights)
                 state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
                 resamplings += 1
-        state = kinetic.step(problem, state, sigma, grad, noise, step_size=step_size, memory=memory(sigma))
+        way = pace(sigma, following)
+        state = kinetic.step(problem, state, sigma, grad, noise, step_size=way.step_size, memory=way.memory)
+        if way.carried and following < sigma:
+            state = kinetic.carry(problem, state, grad, following)
     energy, grad = yield Evaluate(state.x, levels_of(state.sigma, count, state.x))
     weights = mode_weights.equal(count)
     if weigh and not state.diverged.any():
@@ -200,56 +221,43 @@ def top_std(samples: Tensor) -> float:
     return math.sqrt(max(largest, 0.0) / max(1, len(samples) - 1))
 
 
-def crowding(samples: Tensor) -> float:
-    """Median distance to the nearest sample over the median distance of two: small where samples clump."""
-    images = samples.flatten(1).double()
-    distance = torch.cdist(images, images)
-    others = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
-    nearest = distance.masked_fill(~others, torch.inf).amin(1).median()
-    return (nearest / distance[others].median().clamp(min=1e-30)).item()
-
-
-def _scout(
-    problem: Problem, noise: Noise, levels: list[float], step_size: float, memory: float
-) -> Chains[Path]:
-    return anneal(problem, noise, levels, step_size=step_size, memory=lambda sigma: memory, weigh=False)
-
-
 def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[CalibratedPlan]:
     """The plan of a request, from a pilot: few chains over the whole range of levels.
 
-    A pilot that diverges is repeated without momentum. Raises RuntimeError when it diverges even so.
+    A pilot that diverges is repeated more calmly. Raises RuntimeError when it diverges even so.
     """
     ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=problem.y.device)
     levels = geometric_levels(options.sigma_range[1], options.sigma_min, PILOT_STEPS - 1)
-    for limit in dict.fromkeys((options.memory_limit, 0.0)):
-        scout = yield from _scout(problem, Noise(seed, ids), levels, options.step_size, min(0.5, limit))
+    limited = replace(options, memory_limit=min(PILOT_MEMORY, options.memory_limit))
+    for calm in (False, True):
+        pilot = CalibratedPlan(limited, math.inf, calm)
+        scout = yield from anneal(problem, Noise(seed, ids), levels, pace=pilot.pace, weigh=False)
         settled = scout.x[~scout.diverged]
         if len(settled) >= 2:
-            return CalibratedPlan(replace(options, memory_limit=limit), top_std(settled), crowding(settled))
+            return CalibratedPlan(options, top_std(settled), calm)
     raise RuntimeError(_DIVERGED.format(count=int(scout.diverged.sum()), total=len(scout.x), ids="pilot"))
 
 
 def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Population]:
     """One sample for each chain of `noise` (DESIGN 2, the measured recipe).
 
-    Chains that diverge are run again without momentum. Raises RuntimeError when chains diverge even so.
+    Chains that diverge are run again more calmly. Raises RuntimeError when chains diverge even so.
     """
     options = plan.options
     levels = geometric_levels(plan.sigma_max, options.sigma_min, options.nfe - 1)
-    path = yield from anneal(
-        problem, noise, levels, step_size=plan.step_size, memory=plan.memory, weigh=options.weigh
-    )
+    path = yield from anneal(problem, noise, levels, pace=plan.pace, weigh=options.weigh)
     broken = path.diverged
     if broken.any():
         # A population with weights is one unit; independent chains are repeated alone, so that the others
         # stay what they are.
-        together = options.weigh and (path.resamplings > 0 or plan.parted)
+        modes, _ = mode_weights.find_modes(path.x[~broken])
+        together = options.weigh and (path.resamplings > 0 or modes > 1)
         again = torch.ones_like(broken) if together else broken
         ids = noise.chain_ids[again]
         repeated = yield from anneal(
             problem, Noise(noise.seed, ids), levels,
-            step_size=plan.step_size, memory=lambda sigma: 0.0, weigh=options.weigh and bool(again.all()),
+            pace=lambda sigma, following: plan.pace(sigma, following).calmer(),
+            weigh=options.weigh and bool(again.all()),
         )  # fmt: skip
         if repeated.diverged.any():
             lost = ids[repeated.diverged].tolist()
@@ -259,7 +267,7 @@ def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Popul
 
 
 _DIVERGED = (
-    "{count} of {total} chains diverged (chains {ids}), also without momentum: the prior's gradient is not "
+    "{count} of {total} chains diverged (chains {ids}), also at a calmer pace: the prior's gradient is not "
     "that of an energy near these images, or noise_std and the measurement do not belong together; check the "
     "prior's units and noise_std"
 )
@@ -288,6 +296,4 @@ def _diagnose(path: Path, plan: CalibratedPlan, broken: Tensor) -> dict[str, Any
         "modes_measured": math.isfinite(error),
         "resamplings": path.resamplings,
         "diverged": int(broken.sum()),
-        "pilot_crowding": plan.crowding,
-        "step_size": plan.step_size,
     }

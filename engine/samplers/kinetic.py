@@ -6,7 +6,7 @@ h < 2 is the stability limit where the denoiser is a contraction.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,19 @@ def step(
     return KineticState(
         problem.from_basis(moved.z), moved.z, moved.u, sigma, iteration, diverged, state.limit
     )
+
+
+def carry(problem: Problem, state: KineticState, grad: Tensor, following: float) -> KineticState:
+    """The chains after `step`, carried on to the following level; grad: the G of that step.
+
+    p_sigma flows as dx / d sigma = G / sigma: images keep their noise in proportion. The measurement holds
+    its part of them, so that P / sigma^2 of it is left. One linear solve an image.
+    """
+    level = levels_of(state.sigma, len(grad), grad)
+    held = problem.operator.solve(grad, level, problem.noise_std) / per_image(level.square(), grad)
+    stuck = state.diverged.reshape(-1, 1, 1, 1)
+    shift = torch.where(stuck, 0, (following / state.sigma - 1) * held)
+    return replace(state, x=state.x + shift, z=state.z + problem.to_basis(shift))
 
 
 def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool) -> StepWeights:

@@ -63,11 +63,9 @@ def options_of(method: str, given: dict[str, Any], prior: Any) -> Any:
         options["sigma_min"] = max(kind.sigma_min, low)
     if method == "calibrated":
         smallest, largest = kind.sigma_range
-        step_size = options.get("step_size", kind.step_size)
-        trusted = calibrated.trusted_memory(step_size, gradient_error(prior))
         known = {
             "sigma_range": (min(smallest, high), min(largest, high)),
-            "memory_limit": min(kind.memory_limit, trusted),
+            "gradient_error": gradient_error(prior),
         }
         options = known | options
     chosen = kind(**options)
