@@ -214,9 +214,10 @@ slice for each row. Seconds are of one processor.
 
 
 def _write_page(output: Path, results: dict[str, Any]) -> Path:
-    lines, last = [], None
-    for entry in results["entries"]:
-        row, mean = Row(**entry["row"]), entry["mean"]
+    lines, last, methods = [], None, list(METHODS)
+    found = [(Row(**entry["row"]), entry) for entry in results["entries"]]
+    for row, entry in sorted(found, key=lambda each: (ROWS.index(each[0]), methods.index(each[1]["method"]))):
+        mean = entry["mean"]
         shown = [f"{mean[key]:.3f}" if key in mean else "" for key in ("coverage", "correlation")]
         lines.append(
             f"| {'' if row == last else row.title} | {entry['method']} | {mean['psnr']:.2f} | "

@@ -53,7 +53,8 @@ def section(results: dict[str, Any]) -> str:
     """The tables of one prior, in Markdown."""
     settings, machine = results["settings"], results["machine"]
     titles = {entry["row"]: entry["title"] for entry in results["entries"]}
-    rows = {row: {e["method"]: e for e in results["entries"] if e["row"] == row} for row in titles}
+    found = sorted(results["entries"], key=lambda entry: list(NAMES).index(entry["method"]))
+    rows = {row: {e["method"]: e for e in found if e["row"] == row} for row in titles}
     lines = [
         f"## {results['prior']}",
         "",
