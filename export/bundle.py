@@ -57,7 +57,7 @@ def export_bundle(
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
             errors = measure_parity(prior, evaluator(session))
             judge = f"onnxruntime {onnxruntime.__version__} (CPU)"
-        check_parity(errors, precision, f"{prior.name} as {precision} ONNX")
+        check_parity(errors, precision, f"{prior.name} as {precision} ONNX", prior.sigma_range)
         manifest = Manifest(
             schema=1,
             name=prior.name,

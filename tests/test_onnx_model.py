@@ -54,6 +54,13 @@ def test_parity_sees_errors_of_one_image_and_nan() -> None:
     with pytest.raises(RuntimeError, match=r"1\.0e-03 at sigma 0\.002"):
         check_parity(errors, "float32", "it")
 
+    check_parity(errors | {"0.1": 9e-6}, "float16", "it")
+    few = {"0.01": 9e-5, "0.1": 9e-6}
+    check_parity(few, "float32", "it", sigma_range=(0.05, 40.0))
+    for errors in (few | {"0.1": 1.1e-5}, few | {"0.01": 1.1e-4}):
+        with pytest.raises(RuntimeError, match=r"1\.1e-0. at sigma 0\.[01]+ \(at most"):
+            check_parity(errors, "float32", "it", sigma_range=(0.05, 40.0))
+
     def nan(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return prior.run(x, sigma)[0], torch.full_like(x, torch.nan)
 
