@@ -21,6 +21,7 @@ import alpenglow as ag
 from alpenglow.distillation.sources.brain import BrainSlices
 from alpenglow.io.files import atomic_path
 from alpenglow.jobs import simulate
+from alpenglow.mri.figure import plot_slice
 from alpenglow.mri_simulation import simulate_coil_maps
 from alpenglow.operators import SenseMRI, kspace_masks
 from alpenglow.priors.network import NetworkPrior
@@ -199,6 +200,20 @@ def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callab
     return _write_page(output, results)
 
 
+def picture(row: Row, output: Path, *, samples: int) -> Path:
+    """Draw `calibrated` and MAP of a row, for the slice with most brain of eight: output/mri-slice.png."""
+    slices = brain().held_out(8)
+    largest = slices.flatten(1).norm(dim=1).argmax()
+    truth = with_floor(slices[largest, None], NOISE_FLOOR, 0)[0]
+    operator, prior = row.operator(), ag.load_prior(PRIOR)
+    y = simulate(operator, truth, row.noise_std, 0)
+    posterior = ag.sample(prior, operator, y, noise_std=row.noise_std, num_samples=samples)
+    found = ag.find_map(prior, operator, y, noise_std=row.noise_std)
+    path = output / "mri-slice.png"
+    plot_slice(posterior.with_map(found.image).with_truth(truth), path, title=f"{PRIOR}: {row.title}")
+    return path
+
+
 HEAD = """\
 # Multi-coil MRI on held-out brain slices
 
@@ -238,7 +253,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="*", help=f"numbers from 0 to {len(ROWS) - 1}")
+    parser.add_argument("--picture", type=int, metavar="ROW", help="draw a slice measured so, and no table")
     options = parser.parse_args()
+    if options.picture is not None:
+        print(f"Picture: {picture(ROWS[options.picture], options.output, samples=options.samples)}")
+        return
     rows = ROWS if options.rows is None else [ROWS[i] for i in options.rows]
     path = run(options.output, images=options.images, samples=options.samples, rows=rows, log=print)
     print(f"Results: {path}")
