@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import alpenglow as ag
+from alpenglow.priors.protocol import place_prior
 from alpenglow.scheduler import RequestTimeoutError, SamplingError
-from alpenglow.scheduler.devices import DeviceEngine, DevicePool, place_prior
+from alpenglow.scheduler.devices import DeviceEngine, DevicePool
 from alpenglow.scheduler.parts import Part
 from alpenglow.scheduler.pool import EngineLostError, Pool
 from alpenglow.scheduler.spread import BLOCK
@@ -126,6 +127,7 @@ def test_leaving_by_an_error_stops_and_keeps_finished_populations() -> None:
 
 def test_ctrl_c_ends_cleanly_with_partial_results() -> None:
     code = """
+from alpenglow.priors.protocol import place_prior
 from alpenglow.scheduler.devices import DevicePool
 from tests.scheduling import Independent, arguments
 try:

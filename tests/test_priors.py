@@ -594,6 +594,22 @@ def test_composed_priors_know_their_levels_error_and_device() -> None:
             join(Ranged(0.01, 0.1), "fashion-28")
 
 
+class Movable(Ranged):
+    def to(self, device: torch.device) -> "Movable":
+        return Movable(*self.sigma_range, device=str(device))
+
+
+def test_composed_priors_move_with_their_experts() -> None:
+    for joined in (compose({Movable(0.01, 10.0): 2.0}), stack([Movable(0.01, 10.0), Movable(0.02, 10.0)])):
+        moved = joined.to("meta")  # type: ignore[attr-defined]
+        assert moved.device == torch.device("meta")
+        assert {prior.device for prior in moved.experts} == {torch.device("meta")}
+        assert joined.device == torch.device("cpu")  # type: ignore[attr-defined]
+        assert (moved.image_shape, moved.sigma_range) == (joined.image_shape, joined.sigma_range)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="Ranged is on cpu and has no to"):
+        compose({Ranged(0.01, 10.0): 1.0}).to("meta")  # type: ignore[attr-defined]
+
+
 def test_one_sample_and_one_measurement_at_least_and_at_most() -> None:
     prior = GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4))
     with pytest.raises(ValueError, match="num_samples is 0"):

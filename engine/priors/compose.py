@@ -1,11 +1,13 @@
 """Products of experts: weighted sums of energies, and experts side by side over channels."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from alpenglow.priors.protocol import Prior, check_prior, gradient_error, sigma_range
+from alpenglow.priors.protocol import Prior, check_prior, gradient_error, place_prior, sigma_range
 
 
 class _Experts:
@@ -22,6 +24,13 @@ class _Experts:
         if len(devices) > 1:
             raise ValueError(f"the priors are on {sorted(map(str, devices))}; move them to one device")
         self.device = devices.pop() if devices else None
+
+    def to(self, device: torch.device | str) -> Self:
+        """With every expert there. Raises ValueError where one cannot be moved."""
+        other = copy.copy(self)
+        other.device = torch.device(device)
+        other.experts = tuple(place_prior(prior, other.device) for prior in self.experts)
+        return other
 
 
 class _Sum(_Experts):

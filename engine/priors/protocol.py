@@ -1,7 +1,7 @@
 """What samplers ask of a prior (DESIGN 3)."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ def sigma_range(prior: object) -> tuple[float, float]:
 def gradient_error(prior: object) -> float:
     """The largest relative error of its G at those levels; 0 where it names none, as closed forms do."""
     return getattr(prior, "gradient_error", 0.0)
+
+
+def place_prior(prior: Any, device: torch.device) -> Any:
+    """The prior on a device. Raises ValueError where it is on another one and cannot be moved."""
+    if callable(getattr(prior, "to", None)):
+        return prior.to(device)
+    home = torch.device(getattr(prior, "device", None) or "cpu")
+    if home.type == device.type == "cpu" or home == device:
+        return prior
+    raise ValueError(f"{type(prior).__name__} is on {home} and has no to(device); it is wanted on {device}")
 
 
 _EXPECTED = (

@@ -11,8 +11,8 @@ import torch
 
 from alpenglow.loading import load_prior
 from alpenglow.priors.loading import as_device
-from alpenglow.priors.protocol import check_prior, gradient_error, sigma_range
-from alpenglow.scheduler.devices import Worker, place, place_prior
+from alpenglow.priors.protocol import check_prior, gradient_error, place_prior, sigma_range
+from alpenglow.scheduler.devices import Worker, place
 from alpenglow.scheduler.errors import SamplingError, caused
 from alpenglow.scheduler.metrics import Metrics
 from alpenglow.scheduler.parts import Part

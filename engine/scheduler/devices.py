@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from alpenglow.priors.protocol import place_prior
 from alpenglow.samplers.inputs import as_problem
 from alpenglow.scheduler.core import MEMORY_SHARE
 from alpenglow.scheduler.memory import device_memory
@@ -21,16 +22,6 @@ from alpenglow.scheduler.run import Run
 from alpenglow.scheduler.scheduler import Scheduler
 
 log = logging.getLogger("alpenglow.scheduler")
-
-
-def place_prior(prior: Any, device: torch.device) -> Any:
-    """The prior on a device. Raises ValueError where it is on another one and cannot be moved."""
-    if callable(getattr(prior, "to", None)):
-        return prior.to(device)
-    home = torch.device(getattr(prior, "device", None) or "cpu")
-    if home.type == device.type == "cpu" or home == device:
-        return prior
-    raise ValueError(f"{type(prior).__name__} is on {home} and has no to(device); it is wanted on {device}")
 
 
 def place(request: Request, prior: Any, device: torch.device) -> Request:
