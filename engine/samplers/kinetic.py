@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from alpenglow.kernels.step_weights import StepWeights
-from alpenglow.operators.base import per_image
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 LARGEST_MEMORY = 0.8
@@ -103,9 +102,8 @@ def carry(problem: Problem, state: KineticState, grad: Tensor, following: float)
     its part of them, so that P / sigma^2 of it is left. One linear solve an image.
     """
     level = levels_of(state.sigma, len(grad), grad)
-    held = problem.operator.solve(grad, level, problem.noise_std) / per_image(level.square(), grad)
     stuck = state.diverged.reshape(-1, 1, 1, 1)
-    shift = torch.where(stuck, 0, (following / state.sigma - 1) * held)
+    shift = torch.where(stuck, 0, (following / state.sigma - 1) * problem.free(grad, level))
     return replace(state, x=state.x + shift, z=state.z + problem.to_basis(shift))
 
 
@@ -130,4 +128,4 @@ def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool
 def finish(problem: Problem, state: KineticState, grad: Tensor) -> Tensor:
     """Images without the last level's noise, x + P (D(x) - x) / sigma^2; grad: G at state.x, state.sigma."""
     level = levels_of(state.sigma, len(grad), grad)
-    return state.x + problem.operator.solve(-grad, level, problem.noise_std) / per_image(level.square(), grad)
+    return state.x - problem.free(grad, level)

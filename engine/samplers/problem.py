@@ -35,6 +35,13 @@ class Problem:
         """mu = P (A^T y / eta^2 + D / sigma^2) [B, C, H, W] for denoised images D (DESIGN 1)."""
         return self.operator.conditional_mean(self.y, denoised, sigma, self.noise_std)
 
+    def free(self, image: Tensor, sigma: Tensor) -> Tensor:
+        """P image / sigma^2 [B, C, H, W]: what the measurement leaves of a change of images at sigma [B].
+
+        As a conditional mean of nothing measured, which CG finds also where sigma is far above noise_std.
+        """
+        return self.operator.conditional_mean(torch.zeros_like(self.y), image, sigma, self.noise_std)
+
     def draw(self, normal: Normal, sigma: Tensor) -> Tensor:
         """A sample of N(0, P(sigma)) for each sigma [B]: [B, C, H, W]."""
         return self.operator.draw(normal, self.image_shape, sigma, self.noise_std)
