@@ -14,7 +14,7 @@ from alpenglow.priors.network import NetworkPrior
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Largest relative error of energy and gradient, by the precision of the network.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}
-OUTSIDE = 10.0
+OUTSIDE = 10.0  # times as much, at levels that the prior is not for
 # One level a decade, and both ends of what a network may be asked.
 SIGMAS = (0.002, 0.01, 0.1, 1.0, 10.0, 100.0)
 # A graph is traced for three images: it has seen one of these.

@@ -128,8 +128,8 @@ def serving(cluster: Cluster, folder: Path) -> set[int]:
     return set(prior.batches)
 
 
-def until(condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + ENOUGH
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)

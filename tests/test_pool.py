@@ -127,7 +127,6 @@ def test_leaving_by_an_error_stops_and_keeps_finished_populations() -> None:
 
 def test_ctrl_c_ends_cleanly_with_partial_results() -> None:
     code = """
-from alpenglow.priors.protocol import place_prior
 from alpenglow.scheduler.devices import DevicePool
 from tests.scheduling import Independent, arguments
 try:

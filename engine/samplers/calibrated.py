@@ -250,8 +250,7 @@ def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Popul
     if broken.any():
         # A population with weights is one unit; independent chains are repeated alone, so that the others
         # stay what they are.
-        modes, _ = mode_weights.find_modes(path.x[~broken])
-        together = options.weigh and (path.resamplings > 0 or modes > 1)
+        together = options.weigh and (path.resamplings > 0 or mode_weights.find_modes(path.x[~broken])[0] > 1)
         again = torch.ones_like(broken) if together else broken
         ids = noise.chain_ids[again]
         repeated = yield from anneal(

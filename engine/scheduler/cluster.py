@@ -214,10 +214,11 @@ class Cluster(Pool):
     def _describe(self, key: int, packed: Any) -> dict[str, Any]:
         """A prior's facts, from the first actor that answers; one that restarts has time to."""
         end = time.monotonic() + _PATIENCE
-        for engine in itertools.cycle(self._ray_engines):
+        engines = itertools.cycle(self._ray_engines)
+        while True:
             left = max(0.0, end - time.monotonic())
             try:
-                found = ray.get(engine.actor.describe.remote(key, [packed]), timeout=left)
+                found = ray.get(next(engines).actor.describe.remote(key, [packed]), timeout=left)
             except (*_LOST, ray_errors.GetTimeoutError) as error:
                 if left == 0:
                     raise EngineLostError(f"no worker answers; the last: {error}") from error
@@ -226,7 +227,6 @@ class Cluster(Pool):
             if isinstance(found, ValueError):
                 raise found
             return found
-        raise AssertionError("a cluster has engines")
 
     def ship(self, request: Request) -> None:
         """Put a request where actors find it. Raises ValueError where it cannot be pickled."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -73,21 +74,20 @@ class Handle:
         `cancel`, RequestTimeoutError when the request's own timeout is over, SamplingError when it failed;
         see `partial` for what was finished.
         """
-        self._wait(timeout)
+        self._wait(self._future.done, timeout)
         return self._future.result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of a request that failed, None of one that did not; waits as `result` does."""
-        self._wait(timeout)
+        self._wait(self._future.done, timeout)
         return self._future.exception(0)
 
-    def _wait(self, timeout: float | None) -> None:
-        """Until it is over, or as many seconds."""
-        end = None if timeout is None else time.monotonic() + timeout
+    def _wait(self, until: Callable[[], bool], timeout: float | None = None) -> None:
+        """Until that holds, or as many seconds."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
         with self._changed:
-            while not self._future.done() and (end is None or time.monotonic() < end):
-                left = PATIENCE if end is None else min(PATIENCE, end - time.monotonic())
-                self._changed.wait(left)
+            while not until() and (left := end - time.monotonic()) > 0:
+                self._changed.wait(min(PATIENCE, left))
 
     def cancel(self) -> bool:
         """Stop the request; its finished populations stay in `partial`. False where it is over already."""
@@ -123,9 +123,7 @@ class Handle:
         """The partial posterior once it has more than `seen` samples; None when the request is over."""
         run = self._run
         assert run is not None
-        with self._changed:
-            while not (run.count > seen or self._future.done()):
-                self._changed.wait(PATIENCE)
+        self._wait(lambda: run.count > seen or self._future.done())
         return run.partial() if run.count > seen else None
 
     def __await__(self) -> Generator[Any, None, Posterior]:
