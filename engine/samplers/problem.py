@@ -83,16 +83,18 @@ class Problem:
 
     def start(self, counters: Tensor, sigma: Tensor) -> Tensor:
         """P A^T y / eta^2 + w, w ~ N(0, P), for each sigma [B], in the operator's basis; see `step`."""
-        nothing = torch.zeros(len(sigma), *self.image_shape, dtype=self.dtype, device=sigma.device)
-        return self.step(self.to_basis(nothing), None, nothing, sigma, StepWeights(z_w=1.0), counters).z
+        return self._step_from_nothing(self.data, counters, sigma)
 
     def draw_in_basis(self, counters: Tensor, sigma: Tensor) -> Tensor:
         """A sample of N(0, P(sigma)) for each sigma [B], in the operator's basis; see `step`."""
+        return self._step_from_nothing(torch.zeros_like(self.data), counters, sigma)
+
+    def _step_from_nothing(self, data: Tensor, counters: Tensor, sigma: Tensor) -> Tensor:
         nothing = torch.zeros(len(sigma), *self.image_shape, dtype=self.dtype, device=sigma.device)
         unlimited = torch.full((1,), torch.inf, dtype=sigma.dtype, device=sigma.device)
         return self.operator.step(
-            torch.zeros_like(self.data), self.to_basis(nothing), None, nothing, sigma, self.noise_std,
-            StepWeights(z_w=1.0), unlimited, counters,
+            data, self.to_basis(nothing), None, nothing, sigma, self.noise_std, StepWeights(z_w=1.0),
+            unlimited, counters,
         ).z  # fmt: skip
 
     def misfit(self, x: Tensor) -> Tensor:
