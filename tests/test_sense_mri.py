@@ -124,7 +124,7 @@ def test_mean_and_draws_against_a_dense_solve(
     kind: str, cropped: bool, sigma: float, noise_std: float
 ) -> None:
     maps = smooth_maps(4, 12, 12, cropped=cropped)
-    operator = SenseMRI(maps, MASKS[kind](12, 12), tolerance=1e-10)
+    operator = SenseMRI(maps, MASKS[kind](12, 12), tolerance=1e-12)
     A, Q = dense(operator, (2, 12, 12)), precision(operator, (2, 12, 12), sigma, noise_std)
     level, D = torch.full((2,), sigma, dtype=torch.float64), rand(2, 2, 12, 12)
     y = operator.forward(rand(1, 2, 12, 12, seed=3)) + noise_std * torch.complex(
@@ -256,7 +256,7 @@ def test_published_noise_ignores_the_coil_maps(kind: str) -> None:
 def bed(kind: str) -> tuple[GaussianPrior, SenseMRI, Tensor, float]:
     """A smooth complex 8 x 8 Gaussian, pixel std 0.3, seen by 3 coils with eta 0.2."""
     prior = GaussianPrior(torch.zeros(2, 8, 8), smooth_covariance((2, 8, 8), std=0.3, length=1.5))
-    operator = SenseMRI(smooth_maps(3, 8, 8).to(torch.complex64), MASKS[kind](8, 8), tolerance=1e-5)
+    operator = SenseMRI(smooth_maps(3, 8, 8).to(torch.complex64), MASKS[kind](8, 8), tolerance=1e-6)
     y = operator.forward(prior.sample(1, seed=2).float())
     noise = torch.view_as_complex(rand(*y.shape, 2, seed=3, dtype=torch.float32))
     return prior, operator, y + 0.2 * noise * operator.mask, 0.2

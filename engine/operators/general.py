@@ -10,12 +10,19 @@ from alpenglow.operators.cg import CgInfo, conjugate_gradient
 from alpenglow.operators.validation import positive_integer, positive_number
 
 
+MEAN_TOLERANCE = 1e-4
+"""Relative residual of a conditional mean; see IterativeOperator."""
+
+
 class IterativeOperator(LinearOperator):
     """`solve` by batched CG; a subclass gives `forward` and `adjoint`, and may give `precondition`.
 
     tolerance: relative residual ||b - Q x|| / ||b|| at which an image is done, at least 4 machine epsilons
     (5e-7 in float32). At 1e-6 a draw was off by 1e-5 posterior standard deviations at sigma = 20 noise_std,
     1e-3 at 2000, 0.06 at 1e5 (blur and random mask, both precisions); the error scales with the tolerance.
+    A conditional mean moves by a few such deviations where a draw moves by sigma, and is done at 100 times the
+    tolerance, or at 1e-4, in half of the iterations: at 1e-4 its error was at most 0.009 deviations at every
+    sigma up to 2000 noise_std (blur, masked blur, 6x 2D SENSE of 4 and 8 coils), and 0.0003 at 20.
     Raises ValueError unless the tolerance is positive and max_iterations at least 1.
     """
 
@@ -33,10 +40,15 @@ class IterativeOperator(LinearOperator):
         guess: [B, C, H, W], where CG starts (0 by default). Raises RuntimeError if an image does not converge
         in `max_iterations`.
         """
+        return self._solve(b, sigma, noise_std, guess, self.tolerance)
+
+    def _solve(
+        self, b: Tensor, sigma: Tensor, noise_std: float, guess: Tensor | None, tolerance: float
+    ) -> Tensor:
         level = per_image(sigma, b).square()
         total = level + noise_std**2
         # Past rounding, the residual that CG updates goes on falling while the true one, and x, drift off.
-        tolerance = max(self.tolerance, 4 * torch.finfo(b.dtype).eps)
+        tolerance = max(tolerance, 4 * torch.finfo(b.dtype).eps)
         data, prior = level / total, noise_std**2 / total  # Q times the product of the two variances / total
         x, info = conjugate_gradient(
             lambda v: data * self.normal(v) + prior * v,
@@ -47,15 +59,15 @@ class IterativeOperator(LinearOperator):
             max_iterations=self.max_iterations,
         )
         if not info.converged.all():
-            raise RuntimeError(f"{type(self).__name__}: {self._failure(info, sigma, noise_std)}")
+            raise RuntimeError(f"{type(self).__name__}: {self._failure(info, sigma, noise_std, tolerance)}")
         return x
 
-    def _failure(self, info: CgInfo, sigma: Tensor, noise_std: float) -> str:
+    def _failure(self, info: CgInfo, sigma: Tensor, noise_std: float, tolerance: float) -> str:
         worst = int((info.residual.nan_to_num(nan=torch.inf) * ~info.converged).argmax())
         level = float(sigma.expand(len(info.residual))[worst])
         return (
             f"CG stopped at relative residual {float(info.residual[worst]):.3g} after "
-            f"{int(info.iterations[worst])} iterations, tolerance {self.tolerance:g} (image {worst}, "
+            f"{int(info.iterations[worst])} iterations, tolerance {tolerance:g} (image {worst}, "
             f"sigma {level:g}, noise_std {noise_std:g}). Raise max_iterations or tolerance, give a "
             "preconditioner, and check that <A x, y> = <x, adjoint(y)>"
         )
@@ -66,7 +78,8 @@ class IterativeOperator(LinearOperator):
         """See LinearOperator.conditional_mean; guess: [B, C, H, W] near the result, for a warm start."""
         pull = self.adjoint(y - self.forward(prior_mean)) / noise_std**2
         change = None if guess is None else guess - prior_mean
-        return prior_mean + self.solve(pull, sigma, noise_std, guess=change)
+        tolerance = max(self.tolerance, min(100 * self.tolerance, MEAN_TOLERANCE))
+        return prior_mean + self._solve(pull, sigma, noise_std, change, tolerance)
 
 
 class FunctionOperator(IterativeOperator):
