@@ -115,6 +115,7 @@ def reconstruct(
     slices: options.Slices = None,
     map_images: options.WithMap = None,
     num_samples: options.NumSamples = None,
+    target_error: options.TargetError = None,
     method: options.Method = None,
     nfe: options.Nfe = None,
     seed: options.Seed = None,
@@ -141,13 +142,11 @@ def reconstruct(
         return _reconstruct_scan(scan)
     chosen = load_job(fields, job)
     task = prepare(chosen)
-    given: dict[str, Any] = {} if chosen.nfe is None else {"nfe": chosen.nfe}
     with atomic_folder(chosen.output) as folder:
         with progress_bar("sampling") as progress:
             posterior = sample(
                 task.prior, task.operator, task.y,
-                noise_std=chosen.noise_std, num_samples=chosen.num_samples, method=chosen.method,
-                seed=chosen.seed, progress=progress, **given,
+                noise_std=chosen.noise_std, progress=progress, **chosen.sampling(),
             )  # fmt: skip
         posterior.settings["job"] = chosen.model_dump(mode="json")
         posterior = posterior if task.truth is None else posterior.with_truth(task.truth)
@@ -461,7 +460,7 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     operator = ("mask", "box", "keep", "sigma", "length", "angle", "factor", "filter")
     others = (
         "prior", "noise_std", "output", "simulate", "truth",
-        "num_samples", "method", "nfe", "max_iterations", "seed", "device",
+        "num_samples", "target_error", "method", "nfe", "max_iterations", "seed", "device",
     )  # fmt: skip
     return {
         "input": given["image"],

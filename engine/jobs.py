@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from torch import Tensor
 
 from alpenglow.export.manifest import is_bundle
@@ -17,35 +17,59 @@ from alpenglow.operator_specs import OPERATORS, OperatorSpec, Shape, naming
 from alpenglow.operators.base import LinearOperator
 from alpenglow.priors.hub import PREFIX
 from alpenglow.priors.protocol import Prior
+from alpenglow.scheduler.request import DEFAULT_LIMIT, DEFAULT_SAMPLES
 
 ESPIRIT = "espirit"
 Count = Annotated[StrictInt, Field(ge=1)]
 Fields = TypeVar("Fields", bound=BaseModel)
-# What jobs of every kind ask for.
-PriorSource = Annotated[
-    str,
-    Field(description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"),
-]
-Folder = Annotated[Path, Field(description="a folder for the results")]
-NumSamples = Annotated[StrictInt, Field(ge=2, description="an integer of at least 2; one has no spread")]
-MethodName = Annotated[str, Field(description="the name of a sampling method")]
-Nfe = Annotated[Count | None, Field(description="a positive integer: gradient evaluations a sample")]
-Seed = Annotated[StrictInt, Field(ge=0, description="an integer of at least 0")]
-DeviceName = Annotated[str | None, Field(description="a torch device such as cpu or cuda")]
 
 
-class Job(BaseModel):
-    """One reconstruction. `map` leaves num_samples, method and nfe aside, `reconstruct` max_iterations.
-
-    A description says what is expected, for error messages.
-    """
+class SamplingJob(BaseModel):
+    """What jobs of every kind ask for. A description says what is expected, for error messages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: Path
+    prior: str = Field(
+        description="a zoo prior (`alpenglow info` lists them), a .safetensors file or hub:owner/name"
+    )
+    output: Path = Field(description="a folder for the results")
+    num_samples: StrictInt = Field(
+        DEFAULT_SAMPLES, ge=2, description="an integer of at least 2; one has no spread"
+    )
+    target_error: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a positive finite number: the Monte Carlo standard error of mean and std to reach, in "
+        "the units of the images that are written",
+    )
+    method: str = Field("calibrated", description="the name of a sampling method")
+    nfe: Count | None = Field(None, description="a positive integer: gradient evaluations a sample")
+    seed: StrictInt = Field(0, ge=0, description="an integer of at least 0")
+    device: str | None = Field(None, description="a torch device such as cpu or cuda")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_of_target(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """With a target error num_samples is the most that it may cost, as for `alpenglow.sample`."""
+        bound = {} if fields.get("target_error") is None else {"num_samples": DEFAULT_LIMIT}
+        return bound | fields
+
+    def sampling(self, *, unit: float = 1.0) -> dict[str, Any]:
+        """Arguments of `alpenglow.sample`; unit: of the images that are written, in those of the prior."""
+        given: dict[str, Any] = {"num_samples": self.num_samples, "method": self.method, "seed": self.seed}
+        if self.target_error is not None:
+            given["target_error"] = self.target_error * unit
+        return given if self.nfe is None else given | {"nfe": self.nfe}
+
+
+class Job(SamplingJob):
+    """One reconstruction. `map` leaves what is of sampling aside, `reconstruct` max_iterations."""
 
     input: Path = Field(
         description="the measurement, a PNG, TIFF or NPY file (with simulate: the clean image)"
     )
-    prior: PriorSource
     operator: OperatorSpec = Field(discriminator="kind", description="a kind, and what that kind needs")
     noise_std: float = Field(
         gt=0,
@@ -53,15 +77,9 @@ class Job(BaseModel):
         description="a positive finite number: the standard deviation of the noise, where images "
         "span [-1, 1]",
     )
-    output: Folder
     simulate: bool = Field(False, description="true or false: to measure a clean image")
     truth: Path | None = Field(None, description="the true image, a PNG, TIFF or NPY file")
-    num_samples: NumSamples = 64
-    method: MethodName = "calibrated"
-    nfe: Nfe = None
     max_iterations: Count = Field(300, description="a positive integer: steps of the MAP search")
-    seed: Seed = 0
-    device: DeviceName = None
 
 
 @dataclass(frozen=True, eq=False)

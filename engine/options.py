@@ -81,6 +81,13 @@ Filter = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of noise and chains (0).", rich_help_panel=METHOD)]
 Device = Annotated[str | None, typer.Option(help="cpu (default) or cuda.", rich_help_panel=METHOD)]
 NumSamples = Annotated[int | None, typer.Option(help="Posterior samples (64).", rich_help_panel=METHOD)]
+TargetError = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead: go on until mean and std are known to so much, at most num_samples (16384).",
+        rich_help_panel=METHOD,
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(help="calibrated (default), alps, mala, kinetic-metropolis.", rich_help_panel=METHOD),

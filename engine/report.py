@@ -130,6 +130,9 @@ def result(posterior: Posterior, truth: Tensor | None) -> dict[str, Any]:
     }
     if "r_hat_max" in known:
         facts["r_hat"] = f"{known['r_hat_median']:.3f} median, {known['r_hat_max']:.3f} max"
+    if "target_met" in known:
+        missed = f"missed: {known['chains_needed']:.0f} samples needed"
+        facts["target error"] = "met" if known["target_met"] else missed
     return facts | {name: known[name] for name in ("acceptance", "modes", "resamplings") if name in known}
 
 

@@ -89,6 +89,17 @@ def test_reconstruct_by_options(folder: Path, suffix: str) -> None:
     assert "calibrated" in succeed("info", "out/deep/result.h5")
 
 
+def test_reconstruct_to_a_target_error(folder: Path) -> None:
+    command = ("reconstruct", "--job", write_job(folder), "--method", "mala", "--nfe", "3")
+    assert "target error  met" in succeed(*command, "--target-error", "1.0", "-o", "rough").replace(":", " ")
+    rough = Posterior.load("rough/result.h5")
+    assert rough.num_samples == 64
+    assert rough.settings["target_error"] == 1.0
+    short = ("--target-error", "1e-4", "--num-samples", "72")
+    assert "missed: " in succeed(*command, *short, "-o", "short")
+    assert Posterior.load("short/result.h5").num_samples == 72
+
+
 def test_reconstruct_by_a_job_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     blur = {"kind": "gaussian-blur", "sigma": 1.0}
     job = write_job(folder, operator=blur, method="mala", nfe=3, num_samples=8, seed=5)
@@ -181,7 +192,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "folder is a file": (["y.npy", *BLUR, "-o", "y.png/out"], "cannot write to the folder y.png/out"),
     "unknown prior": (["y.npy", *BLUR, "-p", "none"], "no prior 'none'"),
     "foreign prior": (["y.npy", *BLUR, "-p", "net.pth"], "alpenglow convert net.pth net.safetensors"),
-    "unknown key": (["--job", "job.yaml"], "unknown field nois; a job has input, prior, operator"),
+    "unknown key": (["--job", "job.yaml"], "unknown field nois; a job has input, prior, output"),
     "no job": (["y.npy", "--job", "none.yaml"], "no job file none.yaml"),
     "unknown option": (["y.npy", "--nois", "1"], "No such option"),
 }  # fmt: skip

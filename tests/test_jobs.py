@@ -91,6 +91,14 @@ def test_options_go_before_the_file(folder: Path) -> None:
     assert job.operator.model_dump() == {"kind": "denoising"}
 
 
+def test_a_target_error_bounds_the_samples_instead(folder: Path) -> None:
+    job = load_job({"target_error": 0.02}, write_job(folder))
+    assert (job.target_error, job.num_samples) == (0.02, 16384)
+    assert job.sampling(unit=0.5)["target_error"] == 0.01
+    assert load_job({"target_error": 0.02, "num_samples": 70}, write_job(folder)).num_samples == 70
+    assert "target_error" not in load_job({}, write_job(folder)).sampling()
+
+
 KINDS = {
     "denoising": ({}, operators.Denoising),
     "inpainting": ({"mask": "mask.npy"}, operators.Inpainting),
@@ -146,6 +154,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"noise_std": "much"}, "noise_std is 'much'"),
     ({"num_samples": 1}, "num_samples is 1; expected an integer of at least 2"),
     ({"num_samples": 8.5}, "num_samples is 8.5"),
+    ({"target_error": 0}, r"target_error is 0; expected a positive.*\(--target-error\)"),
     ({"seed": True}, "seed is True"),
     ({"nfe": 0}, "nfe is 0; expected a positive integer"),
     ({"simulate": True, "truth": "clean.png"}, "leave truth out"),

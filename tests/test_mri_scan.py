@@ -94,6 +94,13 @@ def test_measured_pixels_come_back_in_the_units_of_the_file(folder: Path) -> Non
     assert np.abs(volume("out/mean.nii.gz")[0] - truth).max() < 6 * 10 * (1 + 4**-0.5)
 
 
+def test_a_target_error_is_in_the_units_of_the_file(folder: Path) -> None:
+    target = ("--target-error", "1e-9", "--num-samples", "64", "--slices", "0")
+    succeed("reconstruct", "scan.h5", *QUICK[:2], *QUICK[4:], "--maps", "maps.npy", *target, "-o", "out")
+    settings = Posterior.load("out/slices/slice-000.h5").settings
+    assert settings["target_error"] == pytest.approx(1e-9 / settings["scan"]["scale"])
+
+
 def test_a_killed_run_goes_on_at_its_slice(folder: Path) -> None:
     command = ("reconstruct", "scan.h5", *QUICK, "--maps", "maps.npy", "-o", "out")
     process = subprocess.Popen([sys.executable, "-m", "alpenglow", *command], cwd=folder)
@@ -146,7 +153,7 @@ def test_a_job_file_names_a_scan(folder: Path) -> None:
         (("--noise-std", "-1"), "noise_std is -1.0; expected a positive finite number"),
         (("--maps", "absent.npy"), "absent.npy"),
         (("--prior", "grey.safetensors"), "is a prior of images of 1 channels; k-space needs"),
-        (("--operator", "denoising"), "unknown field operator; a job has input, prior, output, maps"),
+        (("--operator", "denoising"), "unknown field operator; a job has input, prior, output, num_samples"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

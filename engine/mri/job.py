@@ -3,33 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from alpenglow.jobs import (
-    ESPIRIT,
-    DeviceName,
-    Folder,
-    MethodName,
-    Nfe,
-    NumSamples,
-    PriorSource,
-    Seed,
-    merge_fields,
-    validate,
-)
+from alpenglow.jobs import ESPIRIT, SamplingJob, merge_fields, validate
 
 SCANS = (".h5", ".hdf5", ".mrd", ".cfl", ".hdr")
 """Suffixes that only k-space has; a .npy is a scan where a job names coil maps."""
 
 
-class ScanJob(BaseModel):
-    """One scan. A description says what is expected, for error messages."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ScanJob(SamplingJob):
+    """One scan."""
 
     input: Path = Field(description="k-space: fastMRI or ISMRMRD (.h5, .mrd), BART (.cfl), NumPy (.npy)")
-    prior: PriorSource
-    output: Folder
     maps: str = Field(ESPIRIT, description="espirit, or a file of coil maps (.npy, .cfl, .h5)")
     noise_std: float | None = Field(
         None,
@@ -41,12 +26,7 @@ class ScanJob(BaseModel):
     slices: str | None = Field(
         None, pattern=r"^\d*(:\d*)?$", description="slices FIRST:END, as Python counts them, or one number"
     )
-    num_samples: NumSamples = 64
-    method: MethodName = "calibrated"
-    nfe: Nfe = None
     map: bool = Field(False, description="true or false: to search the MAP image too")
-    seed: Seed = 0
-    device: DeviceName = None
 
     def chosen(self, count: int) -> range:
         """The slices to do, of `count`. Raises ValueError where there are none."""

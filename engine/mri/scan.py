@@ -133,11 +133,10 @@ def _fitted(prior: Any, grid: Grid) -> BatchedPrior:
 def _ask(scan: Scan, index: int) -> tuple[SliceProblem, Request]:
     """Slice `index` as a problem, and the request for its samples."""
     job, problem = scan.job, scan.problem(index)
-    options: dict[str, Any] = {} if job.nfe is None else {"nfe": job.nfe}
+    asked = job.sampling(unit=1 / problem.scale) | {"seed": job.seed + index}
     request = make_request(
-        scan.prior, problem.operator, problem.y, noise_std=problem.noise_std, num_samples=job.num_samples,
-        method=job.method, seed=job.seed + index, name=f"slice {index}", **options,
-    )  # fmt: skip
+        scan.prior, problem.operator, problem.y, noise_std=problem.noise_std, name=f"slice {index}", **asked
+    )
     return problem, request
 
 

@@ -9,7 +9,6 @@ from alpenglow.operators.base import LinearOperator, Preconditioner, per_image
 from alpenglow.operators.cg import CgInfo, conjugate_gradient
 from alpenglow.operators.validation import positive_integer, positive_number
 
-
 MEAN_TOLERANCE = 1e-4
 """Relative residual of a conditional mean; see IterativeOperator."""
 
@@ -20,9 +19,9 @@ class IterativeOperator(LinearOperator):
     tolerance: relative residual ||b - Q x|| / ||b|| at which an image is done, at least 4 machine epsilons
     (5e-7 in float32). At 1e-6 a draw was off by 1e-5 posterior standard deviations at sigma = 20 noise_std,
     1e-3 at 2000, 0.06 at 1e5 (blur and random mask, both precisions); the error scales with the tolerance.
-    A conditional mean moves by a few such deviations where a draw moves by sigma, and is done at 100 times the
-    tolerance, or at 1e-4, in half of the iterations: at 1e-4 its error was at most 0.009 deviations at every
-    sigma up to 2000 noise_std (blur, masked blur, 6x 2D SENSE of 4 and 8 coils), and 0.0003 at 20.
+    A conditional mean moves by a few such deviations where a draw moves by sigma, and is done at 100 times
+    the tolerance, at most 1e-4, in half of the iterations: at 1e-4 its error was below 0.009 deviations at
+    every sigma up to 2000 noise_std (blur, masked blur, 6x 2D SENSE), and 0.0003 at 20.
     Raises ValueError unless the tolerance is positive and max_iterations at least 1.
     """
 
