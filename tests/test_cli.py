@@ -20,7 +20,7 @@ from alpenglow.io import read_image, write_image
 from alpenglow.operator_specs import random_mask
 from alpenglow.priors.loading import load_prior
 
-COMMANDS = ["demo", "reconstruct", "map", "info", "convert", "distill", "evaluate"]
+COMMANDS = ["demo", "reconstruct", "map", "info", "convert", "distill", "evaluate", "export", "report"]
 QUICK = ["--num-samples", "4", "--nfe", "3"]
 
 

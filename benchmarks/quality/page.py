@@ -18,7 +18,7 @@ INTRODUCTION = """\
 # Reconstructions of held-out images: quality, calibration, cost
 
 Written by `alpenglow bench quality --prior NAME -o docs`, in a checkout of the repository (the figures are
-in [quality/](quality/), one file a prior). All methods have the same measurements, and networks of one
+in `docs/quality/`, one file a prior). All methods have the same measurements, and networks of one
 training: `calibrated`, `alps` and MAP run on the energy prior, and the baselines on the denoiser that is
 named below.
 
