@@ -1,9 +1,11 @@
 """What 64 chains of one posterior cost: ways to spend fewer NFE, on posteriors known in closed form.
 
 python -m benchmarks.fewer_nfe -o docs
+python -m benchmarks.fewer_nfe -o docs --network
 
 writes fewer-nfe.json, fewer-nfe.png and fewer-nfe.md (the table of docs/calibration.md). Every error is that
 of 64 chains, over 20 repetitions and 3 beds of a kind; NFE are a sample's, with its share of the pilot.
+--network: fashion-28 on two held-out images, against 384 chains of 150 NFE, into fewer-nfe-network.md.
 """
 
 import argparse
@@ -19,13 +21,18 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+import alpenglow as ag
+from alpenglow.demo import held_out_images
 from alpenglow.io.files import atomic_path
+from alpenglow.jobs import simulate
 from alpenglow.priors.mixture import GaussianMixturePrior
 from alpenglow.samplers import calibrated, kinetic
 from alpenglow.samplers.calibrated import CalibratedOptions, CalibratedPlan
 from alpenglow.samplers.chains import Chains, Evaluate, drive
+from alpenglow.samplers.methods import options_of
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of, rho_levels
 from benchmarks.beds import BEDS, Bed
+from benchmarks.quality.run import with_floor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,14 +83,16 @@ WAYS = [
 ]
 
 
-def moments(problem: Problem, plan: CalibratedPlan, way: Way, seed: int) -> Chains[tuple[Tensor, ...]]:
+def moments(
+    problem: Problem, plan: CalibratedPlan, way: Way, seed: int, repetitions: int = REPETITIONS
+) -> Chains[tuple[Tensor, ...]]:
     """Samples [R, 64, C, H, W], the variance that is to be added to theirs, and NFE a sample, all counted."""
-    noise = Noise(seed, torch.arange(REPETITIONS * way.trunk))
+    noise = Noise(seed, torch.arange(repetitions * way.trunk))
     levels = way.levels(plan)
     state, spent, together = kinetic.init(problem, noise, levels[0]), 0, way.trunk < SAMPLES
     for sigma, following in zip(levels, [*levels[1:], levels[-1]], strict=True):
         if together and sigma <= way.fork:
-            samples = torch.arange(REPETITIONS * SAMPLES)
+            samples = torch.arange(repetitions * SAMPLES)
             parents = samples // SAMPLES * way.trunk + samples % way.trunk
             state, noise = _fork(state, parents), Noise(seed, _FORKED_IDS + samples)
             together = False
@@ -91,6 +100,8 @@ def moments(problem: Problem, plan: CalibratedPlan, way: Way, seed: int) -> Chai
         spent += len(state.x)
         pace = plan.pace(sigma, following)
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=pace.step_size, memory=pace.memory)
+        if pace.carried and following < sigma:
+            state = kinetic.carry(problem, state, grad, following)
     level = levels_of(state.sigma, len(state.x), state.x)
     _, grad = yield Evaluate(state.x, level)
     spent += len(state.x)
@@ -100,8 +111,8 @@ def moments(problem: Problem, plan: CalibratedPlan, way: Way, seed: int) -> Chai
         extra = 1 / (seen / problem.noise_std**2 + 1 / state.sigma**2)
     else:
         x, extra = kinetic.finish(problem, state, grad), torch.zeros(())
-    nfe = spent / (REPETITIONS * SAMPLES) + (0 if way.start else PILOT_NFE)
-    return x.unflatten(0, (REPETITIONS, SAMPLES)), extra, torch.tensor(nfe)
+    nfe = spent / (repetitions * SAMPLES) + (0 if way.start else PILOT_NFE)
+    return x.unflatten(0, (repetitions, SAMPLES)), extra, torch.tensor(nfe)
 
 
 def _fork(state: kinetic.KineticState, parents: Tensor) -> kinetic.KineticState:
@@ -147,6 +158,28 @@ def rows(kind: str) -> Iterator[dict[str, Any]]:
             samples, extra, nfe = drive(moments(problem, plan, way, seed=1), problem)
             found.append({"nfe": nfe.item(), **errors(bed.posterior, samples, extra)})
         yield {"bed": kind, "way": way.name, "levels": way.nfe, **_average(found)}
+
+
+def network_rows() -> Iterator[dict[str, Any]]:
+    """A network's posteriors of two images, half of their pixels seen, against many long chains."""
+    prior = ag.load_prior("fashion-28")
+    mask = torch.rand(28, 28, generator=torch.Generator().manual_seed(0)) < 0.5
+    operator, options = ag.operators.Inpainting(mask), options_of("calibrated", {}, prior)
+    images = with_floor(held_out_images()[:2], 0.02, 0)
+    problems = [Problem(prior, operator, simulate(operator, x, 0.05, 0)[None], 0.05) for x in images]
+    plans = [drive(calibrated.prepare(p, 0, options), p) for p in problems]
+    many = Way("reference", 150)
+    pairs = list(zip(problems, plans, strict=True))
+    truths = [drive(moments(*pair, many, 2, 6), pair[0])[0].flatten(0, 1).double() for pair in pairs]
+    for way in track([way for way in WAYS if not way.averaged and way.nfe > 25], description="network"):
+        found = []
+        for (problem, plan), truth in zip(pairs, truths, strict=True):
+            samples, _, nfe = drive(moments(problem, plan, way, 1, 1), problem)
+            mean, std = truth.mean(0), truth.std(0)
+            apart = (samples.double().mean(1) - mean, samples.double().std(1) - std)
+            errors = [((each / std).square().flatten(1).mean(1)).sqrt().mean().item() for each in apart]
+            found.append({"nfe": nfe.item(), "mean": errors[0], "std": errors[1]})
+        yield {"way": way.name, **_average(found)}
 
 
 def _exact(bed: Bed) -> dict[str, float]:
@@ -198,7 +231,17 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
-    output: Path = parser.parse_args().output
+    parser.add_argument("--network", action="store_true")
+    options = parser.parse_args()
+    output: Path = options.output
+    if options.network:
+        lines = [
+            f"| {row['way']} | {row['nfe']:.0f} | {row['mean']:.3f} | {row['std']:.3f} |"
+            for row in network_rows()
+        ]
+        head = "| 64 chains | NFE | error of mean | of std |\n| --- | --- | --- | --- |\n"
+        (output / "fewer-nfe-network.md").write_text(head + "\n".join(lines) + "\n")
+        return
     found = [row for kind in BEDS for row in rows(kind)]
     output.mkdir(parents=True, exist_ok=True)
     (output / "fewer-nfe.json").write_text(json.dumps(found, indent=1) + "\n")
