@@ -14,12 +14,13 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 
 PYTHON_HERE := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo test lint types tree docs notebooks data bench bench-compare gpu-check kernel-table clean
+.PHONY: help demo test coverage lint types tree docs notebooks data bench bench-compare gpu-check kernel-table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    posterior samples for real images, written to demo/"
 	@echo "make test    the tests"
+	@echo "make coverage  the tests, and which lines of the package they run, in build/coverage/index.html"
 	@echo "make lint    ruff: check and format"
 	@echo "make types   mypy on the package"
 	@echo "make docs    the documentation, in site/: open site/index.html"
@@ -38,6 +39,10 @@ demo: $(STAMP)
 # what their tests share.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses=auto --dist=loadfile
+
+coverage: $(STAMP)
+	COVERAGE_FILE=build/.coverage OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses=auto --dist=loadfile \
+	  --cov --cov-report=term --cov-report=html:build/coverage
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check $(CODE)
