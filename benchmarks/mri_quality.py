@@ -125,11 +125,14 @@ def map_image(problem: Problem) -> Estimate:
     return Estimate(found.image, float(found.nfe), watch.seconds())
 
 
-def _sampler(method: str) -> Callable[[Problem], Estimate]:
+def _sampler(method: str, *, tolerance: float | None = None) -> Callable[[Problem], Estimate]:
     def run(problem: Problem) -> Estimate:
+        operator = problem.operator
+        if tolerance is not None:
+            operator = SenseMRI(operator.coil_maps, operator.mask, tolerance=tolerance)
         watch = Stopwatch(problem.y.device)
         posterior = ag.sample(
-            problem.prior, problem.operator, problem.y, noise_std=problem.row.noise_std,
+            problem.prior, operator, problem.y, noise_std=problem.row.noise_std,
             num_samples=problem.samples, method=method, seed=problem.seed,
         )  # fmt: skip
         return of_posterior(posterior, watch.seconds())
@@ -142,7 +145,8 @@ METHODS: dict[str, Callable[[Problem], Estimate]] = {
     "L1-wavelet": wavelets,
     "MAP": map_image,
     "calibrated": _sampler("calibrated"),
-    "alps, as published": _sampler("alps"),
+    # The published solver stops at residuals of 1e-3; at 1e-4 the levels up to 100 take three hours a 2D row.
+    "alps, as published": _sampler("alps", tolerance=1e-3),
 }
 
 
