@@ -128,6 +128,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         x, t = zip(*curve["points"], strict=True)
         axis.loglog(x, t, "o-", ms=4, lw=1.2, label=f"slope {curve['slope']:.2f} at the end")
         axis.loglog(x, [t[-1] * value / x[-1] for value in x], "--", color="grey", lw=0.8, label="slope 1")
+        axis.set_xticks(x, labels=[f"{value:g}" for value in x])
+        axis.minorticks_off()
         axis.set_xlabel(curve["against"], fontsize=8)
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("seconds")
