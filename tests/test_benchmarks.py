@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,10 +16,15 @@ import pytest
 import torch
 from scipy.stats import binom
 
+import alpenglow as ag
 from alpenglow.priors.network import NetworkPrior
+from alpenglow.samplers import calibrated
 from alpenglow.samplers.alps import AlpsOptions, schedule
-from alpenglow.samplers.problem import Noise
-from benchmarks import compare, published
+from alpenglow.samplers.calibrated import CalibratedOptions
+from alpenglow.samplers.chains import drive
+from alpenglow.samplers.problem import Noise, Problem
+from benchmarks import compare, fewer_nfe, published
+from benchmarks.beds import BEDS
 from benchmarks.operator_cases import Family, families
 from benchmarks.pairs import Timing, median_limits
 from tests.tiny import random_denoiser
@@ -318,3 +324,25 @@ def test_the_cpp_example_compiles(headers: str, tmp_path: Path) -> None:
         [*command, "-isystem", folder, "-isystem", cuda, source], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_ways_to_fewer_nfe_run_the_samplers_chains() -> None:
+    bed = BEDS["gaussian, half the pixels"](0)
+    problem = Problem(bed.prior, bed.operator, bed.y, bed.noise_std)
+    plan = drive(calibrated.prepare(problem, 0, CalibratedOptions()), problem)
+    way = fewer_nfe.Way("independent", 20)
+    samples, _, nfe = drive(fewer_nfe.moments(problem, plan, way, 0, 1), problem)
+    posterior = ag.sample(bed.prior, bed.operator, bed.y, noise_std=bed.noise_std, nfe=20)
+    assert posterior.samples is not None
+    assert torch.equal(samples[0], posterior.samples)
+    assert nfe.item() == posterior.nfe == 25
+    forked = replace(way, trunk=8, fork=0.5)
+    above = sum(sigma > 0.5 for sigma in forked.levels(plan))
+    samples, _, nfe = drive(fewer_nfe.moments(problem, plan, forked, 0, 2), problem)
+    assert nfe.item() == pytest.approx(25 - above * 7 / 8)
+    assert len(samples.flatten(0, 1).flatten(1).unique(dim=0)) == 2 * fewer_nfe.SAMPLES
+    exact = bed.posterior.sample(64 * 200, seed=3).unflatten(0, (200, 64))
+    errors = fewer_nfe.errors(bed.posterior, exact)
+    # Of 64 draws: 1 / 8 in the mean, 1 / 128^(1/2) in std; the RMS over 256 pixels varies by some percent.
+    assert errors["mean"] == pytest.approx(1 / 8, rel=0.1)
+    assert errors["std"] == pytest.approx(128**-0.5, rel=0.1)
