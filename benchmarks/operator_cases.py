@@ -113,16 +113,18 @@ def _closed_form(name: str, operator: LinearOperator, images: Tensor, published:
     return Family(name, operator, y, images, mean, draw)
 
 
-def _by_cg(name: str, operator: LinearOperator, images: Tensor, normal_operator: Mean) -> Family:
+def _by_cg(
+    name: str, operator: LinearOperator, images: Tensor, normal_operator: Mean, mean_tolerance: float
+) -> Family:
     """Mean and draw (perturb-then-solve) by plain conjugate gradients; A and A^T for the draw are ours."""
     y = operator.forward(images[:1])
     data = operator.adjoint(y) / NOISE_STD**2
 
-    def solve(b: Tensor) -> Tensor:
+    def solve(b: Tensor, tolerance: float = TOLERANCE) -> Tensor:
         return conjugate_gradient(
             lambda v: normal_operator(v) / NOISE_STD**2 + v / SIGMA**2,
             b,
-            tolerance=TOLERANCE,
+            tolerance=tolerance,
             max_iterations=MAX_ITERATIONS,
         )
 
@@ -134,7 +136,7 @@ def _by_cg(name: str, operator: LinearOperator, images: Tensor, normal_operator:
             noise = normal(tuple(y.shape[1:]))
         return solve(operator.adjoint(noise) / NOISE_STD + image / SIGMA)
 
-    return Family(name, operator, y, images, lambda d: solve(data + d / SIGMA**2), draw)
+    return Family(name, operator, y, images, lambda d: solve(data + d / SIGMA**2, mean_tolerance), draw)
 
 
 def _join(x: Tensor) -> Tensor:
@@ -156,8 +158,8 @@ def coil_maps(size: int) -> Tensor:
     return maps / maps.abs().square().sum(0).sqrt()
 
 
-def families(batch: int, size: int) -> list[Family]:
-    """All of them, images of `size` x `size` on the CPU."""
+def families(batch: int, size: int, *, tolerance: float = TOLERANCE) -> list[Family]:
+    """All of them, images of `size` x `size` on the CPU; tolerance: of our solves, see IterativeOperator."""
     rgb, brain, mask = _images(batch, 3, size), _images(max(1, batch // 4), 2, size), _mask(size)
     blur, box, maps = GaussianBlur(BLUR), SuperResolution(4), coil_maps(size)
     impulse = torch.zeros(1, 1, size, size)
@@ -168,13 +170,15 @@ def families(batch: int, size: int) -> list[Family]:
         small = torch.nn.functional.avg_pool2d(x, 4)
         return small.repeat_interleave(4, -2).repeat_interleave(4, -1) / 16
 
+    functions = FunctionOperator(blur.forward, blur.adjoint, tolerance=tolerance)
+    sense = SenseMRI(maps, mask, tolerance=tolerance)
     return [
         _closed_form("inpainting", Inpainting(mask), rgb, PixelMask(mask.float(), NOISE_STD)),
         _closed_form("blur", blur, rgb, Blur(transfer, NOISE_STD)),
         _closed_form("k-space", FourierSampling(mask), brain, KSpaceMask(mask.float(), NOISE_STD)),
-        _by_cg("super-resolution", box, rgb, box_normal),
-        _by_cg("functions", FunctionOperator(blur.forward, blur.adjoint), rgb, blur.normal),
+        _by_cg("super-resolution", box, rgb, box_normal, TOLERANCE),
+        _by_cg("functions", functions, rgb, blur.normal, functions.mean_tolerance),
         _by_cg(
-            "SENSE", SenseMRI(maps, mask), brain, lambda x: _split(sense_normal(_join(x), maps, mask))
+            "SENSE", sense, brain, lambda x: _split(sense_normal(_join(x), maps, mask)), sense.mean_tolerance
         ),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from alpenglow.operators.cg import CgInfo, conjugate_gradient
 from alpenglow.operators.validation import positive_integer, positive_number
 
 MEAN_TOLERANCE = 1e-4
-"""Relative residual of a conditional mean; see IterativeOperator."""
+"""Relative residual of a conditional mean, where draws have a smaller one; see IterativeOperator."""
 
 
 class IterativeOperator(LinearOperator):
@@ -28,6 +28,11 @@ class IterativeOperator(LinearOperator):
     def __init__(self, *, tolerance: float = 1e-6, max_iterations: int = 200) -> None:
         self.tolerance = positive_number(tolerance, "tolerance", "relative residual")
         self.max_iterations = positive_integer(max_iterations, "max_iterations")
+
+    @property
+    def mean_tolerance(self) -> float:
+        """Relative residual at which a conditional mean is done; see above."""
+        return max(self.tolerance, min(100 * self.tolerance, MEAN_TOLERANCE))
 
     def precondition(self, residual: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
         """About P residual [B, C, H, W], up to a factor per image; the residual itself by default."""
@@ -77,8 +82,7 @@ class IterativeOperator(LinearOperator):
         """See LinearOperator.conditional_mean; guess: [B, C, H, W] near the result, for a warm start."""
         pull = self.adjoint(y - self.forward(prior_mean)) / noise_std**2
         change = None if guess is None else guess - prior_mean
-        tolerance = max(self.tolerance, min(100 * self.tolerance, MEAN_TOLERANCE))
-        return prior_mean + self._solve(pull, sigma, noise_std, change, tolerance)
+        return prior_mean + self._solve(pull, sigma, noise_std, change, self.mean_tolerance)
 
 
 class FunctionOperator(IterativeOperator):
