@@ -48,7 +48,7 @@ def sampling(prior: Prior, chains: int, **options: Any) -> Callable[[], object]:
 
 
 def seconds(run: Callable[[], object], *, least: float = 1.0) -> float:
-    """Of one call: the fastest of as many as take `least` seconds, after one to warm up if it is short."""
+    """Of one call: the fastest of as many as take `least` seconds together."""
     best, total = math.inf, 0.0
     while total < least:
         watch = Stopwatch(torch.device("cpu"))

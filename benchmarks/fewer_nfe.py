@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Way:
 
     nfe: levels of a chain. start: its first level, None for the one that a pilot finds. rho: even steps in
     sigma^(1 / rho), None for log sigma. trunk: chains above the level `fork`, where each becomes several.
-    last: last level; averaged: take conditional means there, and add the conditional variance
-    (Rao-Blackwell), instead of the images without their last noise.
+    last: last level, None for that of the plan; averaged: take conditional means there, and add the
+    conditional variance (Rao-Blackwell), instead of the images without their last noise.
     """
 
     name: str
@@ -58,15 +58,15 @@ class Way:
     rho: float | None = None
     trunk: int = SAMPLES
     fork: float = 0.0
-    last: float = 0.01
+    last: float | None = None
     averaged: bool = False
 
     def levels(self, plan: CalibratedPlan) -> list[float]:
         """From the first to the last."""
-        high = self.start or plan.sigma_max
+        high, low = self.start or plan.sigma_max, self.last or plan.options.sigma_min
         if self.rho is not None:
-            return rho_levels(high, self.last, self.nfe - 1, self.rho)
-        return geometric_levels(high, self.last, self.nfe - 1)
+            return rho_levels(high, low, self.nfe - 1, self.rho)
+        return geometric_levels(high, low, self.nfe - 1)
 
 
 PILOT_NFE = calibrated.PILOT_CHAINS * calibrated.PILOT_STEPS / SAMPLES
@@ -94,7 +94,7 @@ def moments(
         if together and sigma <= way.fork:
             samples = torch.arange(repetitions * SAMPLES)
             parents = samples // SAMPLES * way.trunk + samples % way.trunk
-            state, noise = _fork(state, parents), Noise(seed, _FORKED_IDS + samples)
+            state, noise = kinetic.take(state, parents), Noise(seed, _FORKED_IDS + samples)
             together = False
         _, grad = yield Evaluate(state.x, levels_of(sigma, len(state.x), state.x))
         spent += len(state.x)
@@ -115,11 +115,6 @@ def moments(
     return x.unflatten(0, (repetitions, SAMPLES)), extra, torch.tensor(nfe)
 
 
-def _fork(state: kinetic.KineticState, parents: Tensor) -> kinetic.KineticState:
-    chosen = {name: getattr(state, name)[parents] for name in ("x", "z", "u", "diverged", "limit")}
-    return replace(state, **chosen)
-
-
 def errors(truth: GaussianMixturePrior, samples: Tensor, extra: Tensor | float = 0.0) -> dict[str, float]:
     """Of the moments of 64 samples, samples [R, 64, C, H, W], averaged over R.
 
@@ -130,18 +125,20 @@ def errors(truth: GaussianMixturePrior, samples: Tensor, extra: Tensor | float =
     std = (samples.var(1) + extra).sqrt()
     masses = truth.responsibilities(samples.flatten(0, 1)).unflatten(0, samples.shape[:2]).mean(1)
 
-    def rms(error: Tensor) -> float:
-        return (error / truth.std).square().flatten(1).mean(1).sqrt().mean().item()
-
     def variation(found: Tensor) -> float:
         return (found - truth.weights).abs().sum(-1).div(2).mean().item()
 
     return {
-        "mean": rms(samples.mean(1) - truth.mean),
-        "std": rms(std - truth.std),
+        "mean": _rms((samples.mean(1) - truth.mean) / truth.std),
+        "std": _rms((std - truth.std) / truth.std),
         "tv": variation(masses),
         "tv_all": variation(masses.mean(0)),
     }
+
+
+def _rms(relative: Tensor) -> float:
+    """Over the pixels of errors [R, C, H, W], then the mean over R."""
+    return relative.square().flatten(1).mean(1).sqrt().mean().item()
 
 
 def rows(kind: str) -> Iterator[dict[str, Any]]:
@@ -177,8 +174,8 @@ def network_rows() -> Iterator[dict[str, Any]]:
             samples, _, nfe = drive(moments(problem, plan, way, 1, 1), problem)
             mean, std = truth.mean(0), truth.std(0)
             apart = (samples.double().mean(1) - mean, samples.double().std(1) - std)
-            errors = [((each / std).square().flatten(1).mean(1)).sqrt().mean().item() for each in apart]
-            found.append({"nfe": nfe.item(), "mean": errors[0], "std": errors[1]})
+            of_mean, of_std = (_rms(each / std) for each in apart)
+            found.append({"nfe": nfe.item(), "mean": of_mean, "std": of_std})
         yield {"way": way.name, **_average(found)}
 
 

@@ -153,7 +153,7 @@ def anneal(
             weights = yield from _weigh(problem, noise, state, (energy, grad), sigma, ancestors, draws=1)
             if mode_weights.effective_sample_size(weights) < LEAST_ESS * count:
                 parents = _parents(noise, state, weights)
-                state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
+                state, grad, ancestors = kinetic.take(state, parents), grad[parents], ancestors[parents]
                 resamplings += 1
         way = pace(sigma, following)
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=way.step_size, memory=way.memory)
@@ -168,7 +168,7 @@ def anneal(
         )
         if mode_weights.effective_sample_size(weights) < count * (1 - 1e-9):
             parents = _parents(noise, state, weights)
-            state, grad, ancestors = _take(state, parents), grad[parents], ancestors[parents]
+            state, grad, ancestors = kinetic.take(state, parents), grad[parents], ancestors[parents]
             energy = energy[parents]
             weights = replace(weights, labels=weights.labels[parents.cpu()])
             resamplings += 1
@@ -198,18 +198,6 @@ def _parents(noise: Noise, state: kinetic.KineticState, weights: mode_weights.Mo
         noise.seed, noise.chain_ids[:1], iteration=state.iteration, stream=_RESAMPLING_STREAM
     ).item()
     return mode_weights.resample(weights, uniform).to(state.x.device)
-
-
-def _take(state: kinetic.KineticState, parents: Tensor) -> kinetic.KineticState:
-    # A particle keeps its slot's noise: copies part at their next step.
-    return replace(
-        state,
-        x=state.x[parents],
-        z=state.z[parents],
-        u=state.u[parents],
-        diverged=state.diverged[parents],
-        limit=state.limit[parents],
-    )
 
 
 def top_std(samples: Tensor) -> float:

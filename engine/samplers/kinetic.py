@@ -107,6 +107,21 @@ def carry(problem: Problem, state: KineticState, grad: Tensor, following: float)
     return replace(state, x=state.x + shift, z=state.z + problem.to_basis(shift))
 
 
+def take(state: KineticState, parents: Tensor) -> KineticState:
+    """Chains that go on from those numbered `parents` [N], each with the noise of its own slot.
+
+    So copies of one chain part at their next step.
+    """
+    return replace(
+        state,
+        x=state.x[parents],
+        z=state.z[parents],
+        u=state.u[parents],
+        diverged=state.diverged[parents],
+        limit=state.limit[parents],
+    )
+
+
 def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool) -> StepWeights:
     """The weights of u <- a u + h pull; z += h/2 u; u <- c u + (1 - c^2)^(1/2) w; z += h/2 u.
 
