@@ -1,6 +1,7 @@
 """Multi-coil MRI: against sigpy and dense matrices; its draws, preconditioners and samples."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 import alpenglow as ag
-from alpenglow.operators import SenseMRI, count_iterations
+from alpenglow.mri_simulation import simulate_coil_maps
+from alpenglow.operators import LinearOperator, SenseMRI, count_iterations
 from alpenglow.operators.sense_preconditioners import Circulant, LineBlocks, line_axis
 from alpenglow.priors.mixture import GaussianPrior, smooth_covariance
 from alpenglow.samplers import alps
@@ -179,6 +181,30 @@ def test_float32_is_right_to_a_small_part_of_a_posterior_std(kind: str) -> None:
             mean - exact.conditional_mean(y.to(torch.complex128), D, level, noise_std),
         ):
             assert float(((e.flatten(1) @ Q) * e.flatten(1)).mean().sqrt()) < 0.05
+
+
+def test_draws_stop_where_their_error_is_small_beside_the_posterior() -> None:
+    """At low levels earlier than at `tolerance`, and nowhere with more than the documented error."""
+    size, noise_std = (2, 24, 24), 0.01
+    maps, mask = simulate_coil_maps(4, size[1:], seed=0)[0].to(torch.complex128), random_points(24, 24)
+    operator, exact = SenseMRI(maps, mask), SenseMRI(maps, mask, tolerance=1e-12)
+    for ratio in (2, 20, 100, 400):
+        level = torch.full((3,), ratio * noise_std, dtype=torch.float64)
+
+        def drawn(
+            draw: Callable[..., Tensor], which: SenseMRI, level: Tensor = level
+        ) -> tuple[Tensor, int]:
+            numbers = iter([rand(3, *size), rand(3, 4, 24, 24, 2, seed=1)])
+            with count_iterations() as count:
+                return draw(which, lambda _: next(numbers), size, level, noise_std), int(count.total)
+
+        truth, _ = drawn(SenseMRI.draw, exact)
+        found, iterations = drawn(SenseMRI.draw, operator)
+        _, at_tolerance = drawn(LinearOperator.draw, operator)
+        e = found - truth
+        whitened = e * (operator.normal(e) / noise_std**2 + e / level.reshape(-1, 1, 1, 1) ** 2)
+        assert float(whitened.mean().sqrt()) < 0.01
+        assert iterations < at_tolerance or ratio == 400
 
 
 # --- Preconditioners ---

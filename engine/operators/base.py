@@ -121,6 +121,13 @@ class LinearOperator(abc.ABC):
         the innovation form of `conditional_mean`. Calls normal(image_shape) for n2, then
         normal(measurement_shape), or normal((*measurement_shape, 2)) where measurements are complex, for n1.
         """
+        image, pull = self._perturb(normal, image_shape, sigma, noise_std)
+        return image + self.solve(pull, sigma, noise_std)
+
+    def _perturb(
+        self, normal: Normal, image_shape: tuple[int, int, int], sigma: Tensor, noise_std: float
+    ) -> tuple[Tensor, Tensor]:
+        """n2 sigma, and the b [B, C, H, W] such that n2 sigma + P b is a draw."""
         image = normal(tuple(image_shape))
         image = image * per_image(sigma, image)
         predicted = self.forward(image)
@@ -129,8 +136,7 @@ class LinearOperator(abc.ABC):
             noise = torch.view_as_complex(normal((*shape, 2)).contiguous())
         else:
             noise = normal(shape)
-        pull = self.adjoint(noise * noise_std - predicted) / noise_std**2
-        return image + self.solve(pull, sigma, noise_std)
+        return image, self.adjoint(noise * noise_std - predicted) / noise_std**2
 
     def with_published_noise(self) -> "LinearOperator":
         """The operator that method "alps" runs: its draws are those of the published ALPS, by default P's."""

@@ -5,23 +5,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alpenglow.operators.base import LinearOperator, Preconditioner, per_image
+from alpenglow.operators.base import LinearOperator, Normal, Preconditioner, per_image
 from alpenglow.operators.cg import CgInfo, conjugate_gradient
 from alpenglow.operators.validation import positive_integer, positive_number
 
-MEAN_TOLERANCE = 1e-4
-"""Relative residual of a conditional mean, where draws have a smaller one; see IterativeOperator."""
+LARGEST_TOLERANCE = 1e-4
+"""Relative residual of a conditional mean, and of draws at low sigma; see IterativeOperator."""
+_DRAW_ERROR = 0.2
 
 
 class IterativeOperator(LinearOperator):
     """`solve` by batched CG; a subclass gives `forward` and `adjoint`, and may give `precondition`.
 
     tolerance: relative residual ||b - Q x|| / ||b|| at which an image is done, at least 4 machine epsilons
-    (5e-7 in float32). At 1e-6 a draw was off by 1e-5 posterior standard deviations at sigma = 20 noise_std,
-    1e-3 at 2000, 0.06 at 1e5 (blur and random mask, both precisions); the error scales with the tolerance.
-    A conditional mean moves by a few such deviations where a draw moves by sigma, and is done at 100 times
-    the tolerance, at most 1e-4, in half of the iterations: at 1e-4 its error was below 0.009 deviations at
-    every sigma up to 2000 noise_std (blur, masked blur, 6x 2D SENSE), and 0.0003 at 20.
+    (5e-7 in float32). `conditional_mean` and `draw` may do with less, up to 100 times the tolerance but at
+    most 1e-4. Their errors, in posterior standard deviations (the norm of Q over all pixels), were measured
+    against solves to 1e-13; blur, masked blur, 6x 2D SENSE:
+
+    - A mean moves by a few deviations a step, and is done at that limit, in half of the iterations: its error
+      was 0.0003 at sigma = 20 noise_std, and below 0.009 at every sigma up to 2000 noise_std.
+    - A draw moves by sigma. Done at 1e-4 it was off by 0.003 at 20 noise_std, 0.03 at 100 and 0.3 at 400, so
+      it is done at 0.2 (noise_std / sigma)^2 between the limits: an error below 0.01 up to 400 noise_std.
+      Beyond, the tolerance rules: at 1e-6 0.006 at 400.
+
     Raises ValueError unless the tolerance is positive and max_iterations at least 1.
     """
 
@@ -32,7 +38,11 @@ class IterativeOperator(LinearOperator):
     @property
     def mean_tolerance(self) -> float:
         """Relative residual at which a conditional mean is done; see above."""
-        return max(self.tolerance, min(100 * self.tolerance, MEAN_TOLERANCE))
+        return max(self.tolerance, min(100 * self.tolerance, LARGEST_TOLERANCE))
+
+    def draw_tolerance(self, sigma: Tensor, noise_std: float) -> Tensor:
+        """Relative residual at which a draw at level sigma [B] is done; see above."""
+        return (_DRAW_ERROR * (noise_std / sigma).square()).clamp(self.tolerance, self.mean_tolerance)
 
     def precondition(self, residual: Tensor, sigma: Tensor, noise_std: float) -> Tensor:
         """About P residual [B, C, H, W], up to a factor per image; the residual itself by default."""
@@ -47,12 +57,13 @@ class IterativeOperator(LinearOperator):
         return self._solve(b, sigma, noise_std, guess, self.tolerance)
 
     def _solve(
-        self, b: Tensor, sigma: Tensor, noise_std: float, guess: Tensor | None, tolerance: float
+        self, b: Tensor, sigma: Tensor, noise_std: float, guess: Tensor | None, tolerance: float | Tensor
     ) -> Tensor:
         level = per_image(sigma, b).square()
         total = level + noise_std**2
         # Past rounding, the residual that CG updates goes on falling while the true one, and x, drift off.
-        tolerance = max(tolerance, 4 * torch.finfo(b.dtype).eps)
+        tolerance = torch.as_tensor(tolerance, device=b.device).clamp(min=4 * torch.finfo(b.dtype).eps)
+        tolerance = tolerance.to(b.dtype).expand(len(b))
         data, prior = level / total, noise_std**2 / total  # Q times the product of the two variances / total
         x, info = conjugate_gradient(
             lambda v: data * self.normal(v) + prior * v,
@@ -66,12 +77,12 @@ class IterativeOperator(LinearOperator):
             raise RuntimeError(f"{type(self).__name__}: {self._failure(info, sigma, noise_std, tolerance)}")
         return x
 
-    def _failure(self, info: CgInfo, sigma: Tensor, noise_std: float, tolerance: float) -> str:
+    def _failure(self, info: CgInfo, sigma: Tensor, noise_std: float, tolerance: Tensor) -> str:
         worst = int((info.residual.nan_to_num(nan=torch.inf) * ~info.converged).argmax())
         level = float(sigma.expand(len(info.residual))[worst])
         return (
             f"CG stopped at relative residual {float(info.residual[worst]):.3g} after "
-            f"{int(info.iterations[worst])} iterations, tolerance {tolerance:g} (image {worst}, "
+            f"{int(info.iterations[worst])} iterations, tolerance {float(tolerance[worst]):g} (image {worst}, "
             f"sigma {level:g}, noise_std {noise_std:g}). Raise max_iterations or tolerance, give a "
             "preconditioner, and check that <A x, y> = <x, adjoint(y)>"
         )
@@ -83,6 +94,13 @@ class IterativeOperator(LinearOperator):
         pull = self.adjoint(y - self.forward(prior_mean)) / noise_std**2
         change = None if guess is None else guess - prior_mean
         return prior_mean + self._solve(pull, sigma, noise_std, change, self.mean_tolerance)
+
+    def draw(
+        self, normal: Normal, image_shape: tuple[int, int, int], sigma: Tensor, noise_std: float
+    ) -> Tensor:
+        """See LinearOperator.draw."""
+        image, pull = self._perturb(normal, image_shape, sigma, noise_std)
+        return image + self._solve(pull, sigma, noise_std, None, self.draw_tolerance(sigma, noise_std))
 
 
 class FunctionOperator(IterativeOperator):
