@@ -191,9 +191,7 @@ def test_draws_stop_where_their_error_is_small_beside_the_posterior() -> None:
     for ratio in (2, 20, 100, 400):
         level = torch.full((3,), ratio * noise_std, dtype=torch.float64)
 
-        def drawn(
-            draw: Callable[..., Tensor], which: SenseMRI, level: Tensor = level
-        ) -> tuple[Tensor, int]:
+        def drawn(draw: Callable[..., Tensor], which: SenseMRI, level: Tensor = level) -> tuple[Tensor, int]:
             numbers = iter([rand(3, *size), rand(3, 4, 24, 24, 2, seed=1)])
             with count_iterations() as count:
                 return draw(which, lambda _: next(numbers), size, level, noise_std), int(count.total)

@@ -72,9 +72,9 @@ def conjugate_gradient(
     apply: A; precondition: an approximation of A^-1, symmetric positive definite; both map [B, ...] to
     [B, ...] image by image, in the dtype of b, and keep no reference to what they get: it is updated in
     place. b, guess: [B, ...], real. An image is done when its residual, as CG updates it, is at most
-    `tolerance` (one for all, or [B]) times ||b||, or when its curvature p^T A p is not positive (A is then not
-    positive definite, or holds NaN); from then on it is frozen, so its result does not depend on its batch
-    mates. Lack of convergence raises nothing: see the info. The result carries no gradient.
+    `tolerance` (one for all, or [B]) times ||b||, or when its curvature p^T A p is not positive (A is then
+    not positive definite, or holds NaN); from then on it is frozen, so its result does not depend on its
+    batch mates. Lack of convergence raises nothing: see the info. The result carries no gradient.
 
     Source: Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 9.1.
     """

@@ -79,10 +79,10 @@ class IterativeOperator(LinearOperator):
 
     def _failure(self, info: CgInfo, sigma: Tensor, noise_std: float, tolerance: Tensor) -> str:
         worst = int((info.residual.nan_to_num(nan=torch.inf) * ~info.converged).argmax())
-        level = float(sigma.expand(len(info.residual))[worst])
+        level, limit = float(sigma.expand(len(info.residual))[worst]), float(tolerance[worst])
         return (
             f"CG stopped at relative residual {float(info.residual[worst]):.3g} after "
-            f"{int(info.iterations[worst])} iterations, tolerance {float(tolerance[worst]):g} (image {worst}, "
+            f"{int(info.iterations[worst])} iterations, tolerance {limit:g} (image {worst}, "
             f"sigma {level:g}, noise_std {noise_std:g}). Raise max_iterations or tolerance, give a "
             "preconditioner, and check that <A x, y> = <x, adjoint(y)>"
         )
