@@ -165,11 +165,11 @@ def _white(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _noise_factor(covariance: Any, coils: int) -> Tensor:
-    """complex64 [coils, coils] with a square F F^H of the covariance."""
+    """complex64 [coils, coils], the Hermitian root F of the covariance F F^H: the same with every LAPACK."""
     psi = torch.as_tensor(covariance).cpu().to(torch.complex128)
     if psi.shape != (coils, coils) or not torch.allclose(psi, psi.mH, rtol=1e-5, atol=0):
         raise ValueError(f"got a covariance {tuple(psi.shape)}; expected a Hermitian [{coils}, {coils}]")
     values, vectors = torch.linalg.eigh(psi)
     if values[0] < -1e-9 * values.abs().max():
         raise ValueError(f"the covariance has the eigenvalue {values[0]:.3g}; expected none below 0")
-    return (vectors * values.clamp(min=0).sqrt()).to(torch.complex64)
+    return (vectors * values.clamp(min=0).sqrt() @ vectors.mH).to(torch.complex64)

@@ -61,7 +61,7 @@ def test_several_live_modes_keep_their_mass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 3, 5])
+@pytest.mark.parametrize("seed", [0, 2, 3])
 def test_weights_keep_the_mass_of_modes_that_agree_with_the_measurement(seed: int) -> None:
     """Three live modes of unequal width; without weights the total variation is 0.2 to 0.3."""
     bed = several_modes(seed)

@@ -32,7 +32,8 @@ def noise_covariance(noise: Any) -> Tensor:
             "scan, or a larger background region"
         )
     samples = samples - samples.mean(1, keepdim=True)
-    return samples @ samples.mH / (2 * (count - 1))
+    psi = samples @ samples.mH / (2 * (count - 1))
+    return (psi + psi.mH) / 2  # a matrix product with fused operations is Hermitian only up to rounding
 
 
 def background_covariance(coil_images: Any, background: Any = None) -> Tensor:

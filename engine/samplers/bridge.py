@@ -93,9 +93,11 @@ def fit(images: Tensor, held_out: Tensor, shape: Tensor) -> Gaussian:
     variance = (scatter.clamp(min=0) + strength * size) / (count - 1 + strength) * (1 + 1 / count)
     square = (whiten(held_out) @ axes).square().mean(0)
     std = variance[(square / variance + variance.log()).sum(1).argmin()].sqrt()
-    inverse = torch.linalg.solve_triangular(shape.T, axes / std, upper=True).T
+    # Symmetric in whitened coordinates: eigenvectors alone depend on LAPACK and the CPU.
+    root = shape @ (axes * std) @ axes.T
+    inverse = torch.linalg.solve_triangular(shape.T, axes / std @ axes.T, upper=True).T
     log_volume = (std.log().sum() + shape.diagonal().log().sum()).item()
-    return Gaussian(mean, shape @ (axes * std), inverse, log_volume)
+    return Gaussian(mean, root, inverse, log_volume)
 
 
 def acceptance_ratio(particles: Tensor, draws: Tensor) -> tuple[float, float]:
