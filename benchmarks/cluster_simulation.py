@@ -23,13 +23,14 @@ from torch import Tensor
 
 from alpenglow.operators import Denoising
 from alpenglow.priors.batched import BatchedPrior
+from alpenglow.samplers.calibrated import CalibratedOptions
 from alpenglow.samplers.methods import METHODS
 from alpenglow.scheduler.pool import AHEAD
 from alpenglow.scheduler.spread import BLOCK
 
 NFE = 100
 """Gradients a sample."""
-PILOT = METHODS["calibrated"].pilot_nfe
+PILOT = METHODS["calibrated"].pilot_nfe(CalibratedOptions())
 """Gradients of a pilot."""
 GPU_SPEEDS = (1_000.0, 10_000.0)
 """Gradients a second of one GPU, for images of SHAPES[1]: assumed, for a large and for a small network."""

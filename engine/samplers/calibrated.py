@@ -1,8 +1,9 @@
-"""The default method: annealed kinetic Langevin, one step a level, from a level that a pilot run finds.
+"""The default method: annealed kinetic Langevin, one step a level, of p_sigma(x | y) down to sigma_min.
 
-Chains must keep up with their levels: by momentum where the prior is known exactly, by the flow from level to
-level where a network stands for it; see `Pace`. Where the population parts into modes, particle weights keep
-their masses right (mode_weights.py).
+Chains must keep up with their levels. Where the prior is known exactly, momentum does it, from a level that a
+pilot run finds. Where a network stands for it, momentum would amplify its errors: chains come down the diffused
+posterior instead (moment_matching.py), and are annealed over the last levels only, by small steps and the flow;
+see `Pace`. Where the population parts into modes, particle weights keep their masses right (mode_weights.py).
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.kernels.philox import uniforms
-from alpenglow.samplers import kinetic, mode_weights
+from alpenglow.samplers import kinetic, mode_weights, moment_matching
 from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 
@@ -31,6 +32,9 @@ LEAST_ESS = 0.8
 Early copies part again; a mode's mass is measured anew in any case."""
 LARGEST_CAUTIOUS_STEP = 1.0
 """Stable where the slope of a network's G is up to 4; that of an exact prior's is at most 1."""
+ANNEALED_SHARE, ANNEALED_LEVELS = 0.2, 3.0
+"""A network's chains spend this share of their NFE on the levels from so many times sigma_min on, where they forget
+what moment matching, a Gaussian approximation, got wrong. More of both lets chains lag behind their levels."""
 LAST_DRAWS = 4
 """Draws a particle for the masses at the last level; 1 at those before, which only save particles."""
 
@@ -42,14 +46,15 @@ class CalibratedOptions:
     weigh: whether to use particle weights. sigma_min: last level (DESIGN 2: the spread is right to 0.6 % at
     0.01). step_size: h of the kinetic step. memory_limit: the largest share of momentum kept in a step (0:
     Leimkuhler-Matthews). gradient_error: relative error of the prior's G at sigma_min (default: the prior's
-    own); unless it is 0 chains keep no momentum, and h follows from it (see `cautious_step`).
+    own); unless it is 0 chains come down by moment matching, keep no momentum, and h follows from it (see
+    `cautious_step`).
     """
 
     nfe: int = 100
     weigh: bool = True
     sigma_min: float = 0.01
     sigma_range: tuple[float, float] = (1.0, 20.0)
-    """Where the first level may lie."""
+    """Where the first level may lie; that of a network's chains is the highest."""
     step_size: float = 1.5
     memory_limit: float = kinetic.LARGEST_MEMORY
     gradient_error: float = 0.0
@@ -103,7 +108,8 @@ class Path:
 class CalibratedPlan:
     """What a request's populations share, found by its pilot.
 
-    spread: posterior std along the first principal component; calm: whether the pilot diverged at first.
+    spread: posterior std along the first principal component, inf without a pilot; calm: whether the pilot
+    diverged at first.
     """
 
     options: CalibratedOptions
@@ -115,6 +121,30 @@ class CalibratedPlan:
         """First level: the posterior there is half noise along its widest direction."""
         low, high = self.options.sigma_range
         return min(max(2 * self.spread, low), high)
+
+    @property
+    def by_moments(self) -> bool:
+        """Whether chains come down by moment matching before they are annealed."""
+        return self.options.gradient_error > 0
+
+    @property
+    def annealed(self) -> list[float]:
+        """Levels of the kinetic steps."""
+        options = self.options
+        if not self.by_moments:
+            return geometric_levels(self.sigma_max, options.sigma_min, options.nfe - 1)
+        first = min(ANNEALED_LEVELS * options.sigma_min, self.sigma_max)
+        return geometric_levels(first, options.sigma_min, self._annealed_nfe - 1)
+
+    @property
+    def _annealed_nfe(self) -> int:
+        return max(2, round(ANNEALED_SHARE * self.options.nfe))
+
+    @property
+    def descent(self) -> list[float]:
+        """Levels of the diffused posterior, down to the first of `annealed`; 2 NFE each but the last."""
+        steps = (self.options.nfe - self._annealed_nfe) // 2
+        return geometric_levels(self.sigma_max, self.annealed[0], steps + 1)
 
     def pace(self, sigma: float, following: float) -> Pace:
         """From level sigma to the following one."""
@@ -135,13 +165,15 @@ def anneal(
     *,
     pace: Callable[[float, float], Pace],
     weigh: bool,
+    start: kinetic.KineticState | None = None,
 ) -> Chains[Path]:
     """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
 
-    pace: from a level to the following one. Raises nothing: chains that diverge are held, and marked.
+    pace: from a level to the following one. start: the chains at levels[0] (None: from nothing). Raises nothing:
+    chains that diverge are held, and marked.
     """
     count = len(noise.chain_ids)
-    state = kinetic.init(problem, noise, levels[0])
+    state = kinetic.init(problem, noise, levels[0]) if start is None else start
     ancestors = torch.arange(count, device=state.x.device)
     resamplings = 0
     looked_at = levels[0]
@@ -212,8 +244,11 @@ def top_std(samples: Tensor) -> float:
 def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[CalibratedPlan]:
     """The plan of a request, from a pilot: few chains over the whole range of levels.
 
-    A pilot that diverges is repeated more calmly. Raises RuntimeError when it diverges even so.
+    Moment matching needs none. A pilot that diverges is repeated more calmly. Raises RuntimeError when it
+    diverges even so.
     """
+    if options.gradient_error > 0:
+        return CalibratedPlan(options, math.inf)
     ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=problem.y.device)
     levels = geometric_levels(options.sigma_range[1], options.sigma_min, PILOT_STEPS - 1)
     limited = replace(options, memory_limit=min(PILOT_MEMORY, options.memory_limit))
@@ -226,14 +261,35 @@ def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[C
     raise RuntimeError(_DIVERGED.format(count=int(scout.diverged.sum()), total=len(scout.x), ids="pilot"))
 
 
+def pilot_nfe(options: CalibratedOptions) -> int:
+    """What `prepare` spends at least."""
+    return 0 if options.gradient_error > 0 else PILOT_CHAINS * PILOT_STEPS
+
+
+def _run(problem: Problem, noise: Noise, plan: CalibratedPlan, *, weigh: bool, calmer: bool) -> Chains[Path]:
+    """The whole way of the chains of `noise`; calmer: for those that diverged on it."""
+
+    def pace(sigma: float, following: float) -> Pace:
+        found = plan.pace(sigma, following)
+        return found.calmer() if calmer else found
+
+    start = None
+    if plan.by_moments:
+        levels = plan.descent
+        stretch = 1.0 if calmer else moment_matching.LARGEST_STRETCH
+        x, diverged = yield from moment_matching.descend(problem, noise, levels, stretch=stretch)
+        start = kinetic.init_at(problem, noise, x, levels[-1], len(levels) - 1)
+        start = replace(start, diverged=diverged)
+    return (yield from anneal(problem, noise, plan.annealed, pace=pace, weigh=weigh, start=start))
+
+
 def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Population]:
     """One sample for each chain of `noise` (DESIGN 2, the measured recipe).
 
     Chains that diverge are run again more calmly. Raises RuntimeError when chains diverge even so.
     """
     options = plan.options
-    levels = geometric_levels(plan.sigma_max, options.sigma_min, options.nfe - 1)
-    path = yield from anneal(problem, noise, levels, pace=plan.pace, weigh=options.weigh)
+    path = yield from _run(problem, noise, plan, weigh=options.weigh, calmer=False)
     broken = path.diverged
     if broken.any():
         # A population with weights is one unit; independent chains are repeated alone, so that the others
@@ -241,11 +297,8 @@ def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Popul
         together = options.weigh and (path.resamplings > 0 or mode_weights.find_modes(path.x[~broken])[0] > 1)
         again = torch.ones_like(broken) if together else broken
         ids = noise.chain_ids[again]
-        repeated = yield from anneal(
-            problem, Noise(noise.seed, ids), levels,
-            pace=lambda sigma, following: plan.pace(sigma, following).calmer(),
-            weigh=options.weigh and bool(again.all()),
-        )  # fmt: skip
+        weigh = options.weigh and bool(again.all())
+        repeated = yield from _run(problem, Noise(noise.seed, ids), plan, weigh=weigh, calmer=True)
         if repeated.diverged.any():
             lost = ids[repeated.diverged].tolist()
             raise RuntimeError(_DIVERGED.format(count=len(lost), total=len(noise.chain_ids), ids=lost[:5]))
@@ -274,8 +327,8 @@ def _diagnose(path: Path, plan: CalibratedPlan, broken: Tensor) -> dict[str, Any
     sizes = torch.bincount(weights.labels).tolist()
     # Of a particle; infinite where a mode that lives was not measured.
     error = weights.error[weights.labels].square().mean().sqrt().item()
-    return {
-        "top_std": plan.spread,
+    known = {} if plan.by_moments else {"top_std": plan.spread}
+    return known | {
         "sigma_max": plan.sigma_max,
         "modes": weights.modes,
         "mode_shares": [size / len(path.x) for size in sorted(sizes, reverse=True)],

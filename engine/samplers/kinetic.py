@@ -45,11 +45,23 @@ def init(problem: Problem, noise: Noise, sigma: float) -> KineticState:
     count = len(noise.chain_ids)
     level = torch.full((count,), sigma, dtype=problem.dtype, device=noise.chain_ids.device)
     z = problem.start(noise.counters(0), level)
-    u = problem.draw_in_basis(noise.counters(0, draw=1), level)
+    return _resting(problem, noise, problem.from_basis(z), z, sigma, 0)
+
+
+def init_at(problem: Problem, noise: Noise, x: Tensor, sigma: float, iteration: int) -> KineticState:
+    """Chains at images x [B, C, H, W], with momenta from N(0, P), at level sigma after `iteration` steps."""
+    return _resting(problem, noise, x, problem.to_basis(x), sigma, iteration)
+
+
+def _resting(
+    problem: Problem, noise: Noise, x: Tensor, z: Tensor, sigma: float, iteration: int
+) -> KineticState:
+    level = levels_of(sigma, len(x), x)
+    u = problem.draw_in_basis(noise.counters(iteration, draw=1), level)
     parts = torch.view_as_real(z) if z.is_complex() else z
     limit = _RANGE * parts.abs().flatten(1).amax(1)
     diverged = torch.zeros_like(level, dtype=torch.bool)
-    return KineticState(problem.from_basis(z), z, u, sigma, 0, diverged, limit)
+    return KineticState(x, z, u, sigma, iteration, diverged, limit)
 
 
 def memory(step_size: float, sigma: float, top_std: float) -> float:

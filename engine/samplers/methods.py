@@ -24,14 +24,14 @@ class Method:
     options: the dataclass of its options, with `nfe`; defaults: where they differ from that dataclass's.
     prepare: once a request, (problem, seed, options) to what its populations share. chains: (problem, noise,
     what prepare returned) to the population of the chains of `noise`; populations are independent given that.
-    pilot_nfe: what prepare spends.
+    pilot_nfe: what prepare spends, of its options.
     """
 
     chains: Callable[[Problem, Noise, Any], Chains[Population]]
     options: type
     defaults: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Problem, int, Any], Chains[Any]] = _as_given
-    pilot_nfe: int = 0
+    pilot_nfe: Callable[[Any], int] = lambda options: 0
 
 
 METHODS: dict[str, Method] = {
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
         calibrated.chains,
         calibrated.CalibratedOptions,
         prepare=calibrated.prepare,
-        pilot_nfe=calibrated.PILOT_CHAINS * calibrated.PILOT_STEPS,
+        pilot_nfe=calibrated.pilot_nfe,
     ),
     "alps": Method(alps.chains, alps.AlpsOptions),
     "mala": Method(metropolis.chains, metropolis.MetropolisOptions),

@@ -65,7 +65,7 @@ class Request:
 
     def expected_nfe(self, chains: int) -> int:
         """NFE of so many chains and the pilot, weights of modes not counted."""
-        return self.sampler.pilot_nfe + chains * int(self.options.nfe)
+        return self.sampler.pilot_nfe(self.options) + chains * int(self.options.nfe)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Chains of the diffused posterior by moment matching: how those of a network come down from pure noise.
+
+With x ~ p(x | y), the images x_sigma = x + sigma n have the score (m - x_sigma) / sigma^2, m = E[x | x_sigma, y].
+Taking p(x | x_sigma) = N(D, C), which for a Gaussian prior it is, with C = sigma^2 dD/dx = sigma^2 (I - dG/dx):
+
+    m = D + C A^T (eta^2 + A C A^T)^-1 (y - A D)
+
+Source: Rozet et al., NeurIPS 2024 (arXiv 2405.13712), section 4; the same moments: Boys et al., arXiv 2310.06721.
+G is the gradient of an energy, so C is symmetric, and its product with an image is a difference of two G.
+
+The system is solved by a single step of steepest descent. A network knows its G to some per cent, and not how G
+changes: after more steps, which divide by what it says of ever narrower directions, single chains fly off.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from alpenglow.samplers.chains import Chains, Evaluate
+from alpenglow.samplers.problem import Noise, Problem, levels_of
+
+PIXEL_STD = 0.5
+"""sigma_data of EDM (arXiv 2206.00364), in units where images lie in [-1, 1]: a pixel is known to
+sigma PIXEL_STD / (sigma^2 + PIXEL_STD^2)^(1/2) before anything else is, which preconditions the system."""
+LARGEST_STRETCH = 5.0
+"""Of the step found so by its line search: C may be smaller than that, not without bound."""
+PROBE = 0.05
+"""Length of the step for dG/dx beside that of the noise: a smaller one meets rounding, a larger one curvature."""
+_RANGE = 1000.0
+"""Chains beyond this times the first level have diverged."""
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Real inner products [B], float64, of images or measurements [B, ...]."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    return (a.double() * b.double()).flatten(1).sum(1)
+
+
+def _scaled(factor: Tensor, image: Tensor) -> Tensor:
+    """factor [B] times images [B, C, H, W]."""
+    return factor.to(image.dtype).reshape(-1, 1, 1, 1) * image
+
+
+def posterior_mean(
+    problem: Problem, x: Tensor, sigma: float, *, stretch: float = LARGEST_STRETCH
+) -> Chains[Tensor]:
+    """m [B, C, H, W] at x [B, C, H, W] and level sigma, to one step of steepest descent; 2 NFE.
+
+    Exact for a Gaussian prior where A C A^T is a multiple of the identity. stretch: the largest multiple of the
+    step that a C of sigma_data would ask for; 1 trusts nothing that dG/dx says beyond the direction of C A^T r.
+    """
+    levels = levels_of(sigma, len(x), x)
+    _, grad = yield Evaluate(x, levels)
+    denoised = x - grad
+    residual = problem.y - problem.operator.forward(denoised)
+    # p = (eta^2 + s^2 A A^T)^-1 r, by the conditional mean of a pixel known to s (Woodbury).
+    s = sigma * PIXEL_STD / math.hypot(sigma, PIXEL_STD)
+    change = problem.conditional_mean(denoised, levels_of(s, len(x), x)) - denoised
+    p = (residual - problem.operator.forward(change)) / problem.noise_std**2
+    towards = problem.operator.adjoint(p)
+
+    length = dot(towards, towards).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    probe = PROBE * sigma * math.sqrt(x[0].numel()) / length
+    _, there = yield Evaluate(x + _scaled(probe, towards), levels)
+    spread = sigma**2 * (towards - _scaled(1 / probe, there - grad))  # C A^T p
+
+    # The line search: r.p / p.(eta^2 + A C A^T) p. What a network makes of C may be negative there: then D stays.
+    known = dot(towards, spread)
+    slope, curvature = dot(residual, p).clamp(min=0), problem.noise_std**2 * dot(p, p) + known
+    step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
+    return denoised + _scaled(step, spread)
+
+
+def descend(
+    problem: Problem, noise: Noise, levels: list[float], *, stretch: float = LARGEST_STRETCH
+) -> Chains[tuple[Tensor, Tensor]]:
+    """Chains from noise at levels[0] down to images [B, C, H, W] of levels[-1]; and which diverged, bool [B].
+
+    The reverse diffusion by DPM-Solver++(2M) SDE (Lu et al., arXiv 2211.01095): exact in between for an m that
+    is linear in log sigma. 2 NFE a level but the last. Chains that diverged are held where they were.
+    """
+    x = levels[0] * noise.at(0, problem.dtype)(problem.image_shape)
+    diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    before: tuple[Tensor, float] | None = None
+    for iteration, (sigma, following) in enumerate(zip(levels, levels[1:], strict=False), start=1):
+        mean = yield from posterior_mean(problem, x, sigma, stretch=stretch)
+        ratio = following / sigma
+        ahead = mean
+        if before is not None:
+            last, step = before
+            ahead = mean + 0.5 * math.log(ratio) / step * (mean - last)
+        before = mean, math.log(ratio)
+        normals = noise.at(iteration, problem.dtype)(problem.image_shape)
+        moved = ratio**2 * x + (1 - ratio**2) * ahead + following * math.sqrt(1 - ratio**2) * normals
+        diverged = diverged | ~(moved.abs().flatten(1).amax(1) <= _RANGE * levels[0])  # NaN compares false
+        x = torch.where(diverged.reshape(-1, 1, 1, 1), x, moved)
+    return x, diverged
