@@ -1,9 +1,10 @@
-"""The default method: annealed kinetic Langevin, one step a level, of p_sigma(x | y) down to sigma_min.
+"""The default method: annealed kinetic Langevin, one step a level, on p_sigma(x | y) down to sigma_min.
 
-Chains must keep up with their levels. Where the prior is known exactly, momentum does it, from a level that a
-pilot run finds. Where a network stands for it, momentum would amplify its errors: chains come down the diffused
-posterior instead (moment_matching.py), and are annealed over the last levels only, by small steps and the flow;
-see `Pace`. Where the population parts into modes, particle weights keep their masses right (mode_weights.py).
+Chains must keep up with their levels. Where the prior is known exactly, momentum does it, from a level that
+a pilot run finds. Where a network stands for it, momentum would amplify its errors: chains come down the
+diffused posterior instead (moment_matching.py), and are annealed over the last levels only, by small steps
+and the flow; see `Pace`. Where the population parts into modes, particle weights keep their masses right
+(mode_weights.py).
 """
 
 import math
@@ -32,9 +33,9 @@ LEAST_ESS = 0.8
 Early copies part again; a mode's mass is measured anew in any case."""
 LARGEST_CAUTIOUS_STEP = 1.0
 """Stable where the slope of a network's G is up to 4; that of an exact prior's is at most 1."""
-ANNEALED_SHARE, ANNEALED_LEVELS = 0.2, 3.0
-"""A network's chains spend this share of their NFE on the levels from so many times sigma_min on, where they forget
-what moment matching, a Gaussian approximation, got wrong. More of both lets chains lag behind their levels."""
+ANNEALED_SHARE, ANNEALED_LEVELS = 0.2, 4.0
+"""A network's chains spend this share of their NFE on the levels from so many times sigma_min on, where they
+forget what moment matching, a Gaussian approximation, got wrong. From higher ones they would lag behind."""
 LAST_DRAWS = 4
 """Draws a particle for the masses at the last level; 1 at those before, which only save particles."""
 
@@ -132,7 +133,7 @@ class CalibratedPlan:
         """Levels of the kinetic steps."""
         options = self.options
         if not self.by_moments:
-            return geometric_levels(self.sigma_max, options.sigma_min, options.nfe - 1)
+            return geometric_levels(self.sigma_max, options.sigma_min, max(1, options.nfe - 1))
         first = min(ANNEALED_LEVELS * options.sigma_min, self.sigma_max)
         return geometric_levels(first, options.sigma_min, self._annealed_nfe - 1)
 
@@ -143,7 +144,7 @@ class CalibratedPlan:
     @property
     def descent(self) -> list[float]:
         """Levels of the diffused posterior, down to the first of `annealed`; 2 NFE each but the last."""
-        steps = (self.options.nfe - self._annealed_nfe) // 2
+        steps = max(0, self.options.nfe - self._annealed_nfe) // 2
         return geometric_levels(self.sigma_max, self.annealed[0], steps + 1)
 
     def pace(self, sigma: float, following: float) -> Pace:
@@ -169,8 +170,8 @@ def anneal(
 ) -> Chains[Path]:
     """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
 
-    pace: from a level to the following one. start: the chains at levels[0] (None: from nothing). Raises nothing:
-    chains that diverge are held, and marked.
+    pace: from a level to the following one. start: the chains at levels[0] (None: from nothing). Raises
+    nothing: chains that diverge are held, and marked.
     """
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0]) if start is None else start

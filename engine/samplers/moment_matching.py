@@ -1,18 +1,20 @@
 """Chains of the diffused posterior by moment matching: how those of a network come down from pure noise.
 
-With x ~ p(x | y), the images x_sigma = x + sigma n have the score (m - x_sigma) / sigma^2, m = E[x | x_sigma, y].
-Taking p(x | x_sigma) = N(D, C), which for a Gaussian prior it is, with C = sigma^2 dD/dx = sigma^2 (I - dG/dx):
+Of x ~ p(x | y), the images x_sigma = x + sigma n have the score (m - x_sigma) / sigma^2 with
+m = E[x | x_sigma, y]. Taking p(x | x_sigma) = N(D, C), which for a Gaussian prior it is, with
+C = sigma^2 dD/dx = sigma^2 (I - dG/dx):
 
     m = D + C A^T (eta^2 + A C A^T)^-1 (y - A D)
 
-Source: Rozet et al., NeurIPS 2024 (arXiv 2405.13712), section 4; the same moments: Boys et al., arXiv 2310.06721.
-G is the gradient of an energy, so C is symmetric, and its product with an image is a difference of two G.
+Source: Rozet et al., NeurIPS 2024 (arXiv 2405.13712); the same moments: Boys et al., arXiv 2310.06721. G is
+the gradient of an energy, so C is symmetric, and C times an image is a difference of two G.
 
-The system is solved by a single step of steepest descent. A network knows its G to some per cent, and not how G
-changes: after more steps, which divide by what it says of ever narrower directions, single chains fly off.
+The system is solved to a single step of steepest descent. A network knows its G to some per cent, and how G
+changes less well: more steps, along directions that C makes ever narrower, let single chains fly off.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,12 +23,12 @@ from alpenglow.samplers.chains import Chains, Evaluate
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 PIXEL_STD = 0.5
-"""sigma_data of EDM (arXiv 2206.00364), in units where images lie in [-1, 1]: a pixel is known to
-sigma PIXEL_STD / (sigma^2 + PIXEL_STD^2)^(1/2) before anything else is, which preconditions the system."""
+"""sigma_data of EDM (arXiv 2206.00364), for images in [-1, 1]: knowing nothing else, C is s^2 with
+s = sigma PIXEL_STD / (sigma^2 + PIXEL_STD^2)^(1/2), which preconditions the system."""
 LARGEST_STRETCH = 5.0
-"""Of the step found so by its line search: C may be smaller than that, not without bound."""
+"""Largest multiple of the step that C = s^2 asks for: C may be smaller, but not without bound."""
 PROBE = 0.05
-"""Length of the step for dG/dx beside that of the noise: a smaller one meets rounding, a larger one curvature."""
+"""Length of the step for dG/dx beside the noise's: a shorter one meets rounding, a longer one curvature."""
 _RANGE = 1000.0
 """Chains beyond this times the first level have diverged."""
 
@@ -48,8 +50,7 @@ def posterior_mean(
 ) -> Chains[Tensor]:
     """m [B, C, H, W] at x [B, C, H, W] and level sigma, to one step of steepest descent; 2 NFE.
 
-    Exact for a Gaussian prior where A C A^T is a multiple of the identity. stretch: the largest multiple of the
-    step that a C of sigma_data would ask for; 1 trusts nothing that dG/dx says beyond the direction of C A^T r.
+    Exact for a Gaussian prior where A C A^T is a multiple of the identity. stretch: see LARGEST_STRETCH.
     """
     levels = levels_of(sigma, len(x), x)
     _, grad = yield Evaluate(x, levels)
@@ -66,7 +67,7 @@ def posterior_mean(
     _, there = yield Evaluate(x + _scaled(probe, towards), levels)
     spread = sigma**2 * (towards - _scaled(1 / probe, there - grad))  # C A^T p
 
-    # The line search: r.p / p.(eta^2 + A C A^T) p. What a network makes of C may be negative there: then D stays.
+    # The line search: r.p / p.(eta^2 + A C A^T) p. A network's C may be negative there: then D stays.
     known = dot(towards, spread)
     slope, curvature = dot(residual, p).clamp(min=0), problem.noise_std**2 * dot(p, p) + known
     step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
@@ -76,15 +77,15 @@ def posterior_mean(
 def descend(
     problem: Problem, noise: Noise, levels: list[float], *, stretch: float = LARGEST_STRETCH
 ) -> Chains[tuple[Tensor, Tensor]]:
-    """Chains from noise at levels[0] down to images [B, C, H, W] of levels[-1]; and which diverged, bool [B].
+    """Chains from noise at levels[0] down to x [B, C, H, W] of levels[-1]; and which diverged, bool [B].
 
-    The reverse diffusion by DPM-Solver++(2M) SDE (Lu et al., arXiv 2211.01095): exact in between for an m that
-    is linear in log sigma. 2 NFE a level but the last. Chains that diverged are held where they were.
+    The reverse diffusion by DPM-Solver++(2M) SDE (Lu et al., arXiv 2211.01095), which takes m as linear in
+    log sigma. 2 NFE a level but the last. Chains that diverged are held where they were.
     """
     x = levels[0] * noise.at(0, problem.dtype)(problem.image_shape)
     diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     before: tuple[Tensor, float] | None = None
-    for iteration, (sigma, following) in enumerate(zip(levels, levels[1:], strict=False), start=1):
+    for iteration, (sigma, following) in enumerate(pairwise(levels), start=1):
         mean = yield from posterior_mean(problem, x, sigma, stretch=stretch)
         ratio = following / sigma
         ahead = mean

@@ -20,7 +20,7 @@ GROUPS = 8
 FIRST_ROUND = 64
 """Chains before the first look: enough to look for modes, for r_hat, and for 8 in each group."""
 _DEVIATIONS = 1.645
-"""Standard errors between the estimate of the need and its bound, the one-sided 95 % of a normal distribution: by
+"""Standard errors between the estimate of the need and its bound, the one-sided 95 % of a normal: by
 simulation, with all the looks of a request, the error meets the target in 97 to 100 of 100 runs
 (docs/scheduler.md)."""
 CAUTION = 0.85
