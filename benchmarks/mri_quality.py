@@ -225,7 +225,7 @@ Written by `python -m benchmarks.mri_quality -o docs`. Held-out slices of brain-
 noise floor (0.01): {images}; samples of each: {samples}. Coil maps are known. PSNR (peak: that of the
 truth), SSIM and NRMSE are of the magnitude of the mean; coverage of the 90 % interval and the correlation
 of std with absolute error are of real and imaginary parts. L1-wavelet: sigpy, its weight tuned on a training
-slice for each row. Seconds are of one processor.
+slice for each row. Seconds are of one processor, and left out where a method was measured again on another.
 
 | | method | PSNR, dB | SSIM | NRMSE | coverage | correlation | NFE | seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -241,7 +241,7 @@ def _write_page(output: Path, results: dict[str, Any]) -> Path:
         lines.append(
             f"| {'' if row == last else row.title} | {entry['method']} | {mean['psnr']:.2f} | "
             f"{mean['ssim']:.3f} | {mean['nrmse']:.3f} | {shown[0]} | {shown[1]} | {mean['nfe']:.0f} | "
-            f"{mean['seconds']:.0f} |"
+            f"{'' if mean.get('seconds') is None else round(mean['seconds'])} |"
         )
         last = row
     path = output / "mri-quality.md"

@@ -56,11 +56,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     return switch_on
 
 
-@pytest.mark.parametrize("method", ["calibrated", "alps"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("calibrated", {"nfe": 10}),
+        ("calibrated", {"nfe": 12, "gradient_error": 0.2}),  # by moment matching
+        ("alps", {"levels": 4, "steps": 3}),
+    ],
+)
 @pytest.mark.parametrize("name", ["inpainting", "blur", "k-space", "k-space of real images"])
-def test_samples_of_a_whole_run(name: str, method: str, kernels: Any) -> None:
+def test_samples_of_a_whole_run(name: str, method: str, options: dict[str, Any], kernels: Any) -> None:
     prior, operator = case(name)
-    options: dict[str, Any] = {"nfe": 10} if method == "calibrated" else {"levels": 4, "steps": 3}
     y = operator.forward(0.3 * torch.randn(1, *prior.image_shape, generator=torch.Generator().manual_seed(1)))
     run = {"noise_std": 0.05, "num_samples": 2, "method": method, "seed": 5, **options}
     twins = ag.sample(prior, operator, y, **run)

@@ -1,5 +1,6 @@
 """The moments of the diffused posterior, against dense matrices and closed forms; a network's path."""
 
+import math
 from typing import Any
 
 import pytest
@@ -175,7 +176,7 @@ def test_chains_that_fly_off_are_held_and_named() -> None:
 def test_levels_and_cost_of_a_network_s_chains() -> None:
     plan = CalibratedPlan(CalibratedOptions(nfe=100, sigma_min=0.04, gradient_error=0.2), float("inf"))
     assert (plan.descent[0], plan.descent[-1]) == (20.0, pytest.approx(plan.annealed[0]))
-    assert (plan.annealed[0], plan.annealed[-1]) == (pytest.approx(0.16), pytest.approx(0.04))
+    assert (plan.annealed[0], plan.annealed[-1]) == (pytest.approx(0.2), pytest.approx(0.04))
     # 2 NFE a level but the last, 1 a level after it, and 1 to remove the last noise.
     assert 2 * (len(plan.descent) - 1) + len(plan.annealed) + 1 == 100
     assert calibrated.pilot_nfe(plan.options) == 0
@@ -227,3 +228,33 @@ def test_a_network_s_samples_are_nearer_to_the_truth_than_those_of_the_static_pa
         assert (moments - truth).square().mean() < (static - truth).square().mean()
     static_error, error = torch.tensor(errors).mean(0)
     assert error < 0.95 * static_error
+
+
+def test_the_measurement_takes_hold_of_its_part() -> None:
+    """Seen pixels get N(y, P) where eta is far below sigma; pixels that were not seen stay as they are."""
+    count, sigma, eta = 4000, 0.2, 0.02
+    operator = ag.operators.Inpainting(torch.tensor([[1.0, 0.0]]))
+    prior = GaussianPrior(torch.zeros(1, 1, 2), torch.eye(2))
+    problem = Problem(prior, operator, torch.tensor([[[[0.7, 0.0]]]]), eta)
+    x = torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(0))
+    held = moment_matching.hold(problem, Noise(0, torch.arange(count)).at(1), x, sigma)[:, 0, 0]
+    torch.testing.assert_close(held[:, 1], x[:, 0, 0, 1])
+    f = eta**2 / (eta**2 + sigma**2)
+    rest = held[:, 0] - f * x[:, 0, 0, 0]
+    std = (1 - f) * math.sqrt(f) * sigma
+    # Standard errors of 4 000 draws: 0.016 stds of the mean, 0.011 of the std.
+    assert abs(rest.mean() - (1 - f) * 0.7) < 4 * 0.016 * std
+    assert rest.std().item() == pytest.approx(std, rel=4 * 0.011)
+
+
+def test_measured_pixels_reach_the_data_however_few_steps_there_are() -> None:
+    bed = gaussian()
+    y = bed.operator.forward(bed.prior.sample(1, seed=1).float())
+    eta = 0.005
+    posterior = ag.sample(
+        bed.prior, bed.operator, y, noise_std=eta, num_samples=200, nfe=8, gradient_error=0.2
+    )
+    seen = bed.operator.mask.expand(posterior.mean.shape)  # type: ignore[attr-defined]
+    # y has no noise: the mean of a seen pixel is y up to a share of eta, and its std at most eta.
+    assert (posterior.mean - y[0])[seen].abs().max() < eta
+    assert posterior.std[seen].max() < 1.3 * eta

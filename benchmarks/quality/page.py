@@ -34,7 +34,8 @@ named below.
 - NFE: network evaluations a sample, everything included. One of ours is an energy and its gradient, a
   forward and a backward pass; one of DPS is a denoised image, and its step goes back through the network as
   well; one of DAPS is a denoised image, a forward pass. Seconds are for all samples of an image (without the
-  search for hyperparameters): of the processor on a CPU, so that other programs do not lengthen them.
+  search for hyperparameters): of the processor on a CPU, so that other programs do not lengthen them; left
+  out where a method was measured again on another machine.
 - All images of a row have one operator (its mask has one seed). Nothing is scaled to the size of the images
   but the box, whose side is half of theirs: at 28 x 28 pixels the blurs and the factor of 4 leave little.
 """
@@ -74,7 +75,7 @@ def section(results: dict[str, Any]) -> str:
                 f"| {title} | {NAMES[method]} | {_number(m['psnr'], 2)} | {_number(m.get('sample_psnr'), 2)} "
                 f"| {_number(m['ssim'], 3)} | {_number(m.get('coverage_50'), 3)} "
                 f"| {_number(m.get('coverage_90'), 3)} | {_number(m.get('width_90'), 3)} "
-                f"| {m['nfe']:.0f} | {m['seconds']:.1f} |"
+                f"| {m['nfe']:.0f} | {_number(m.get('seconds'), 1)} |"
             )
     return "\n".join([*lines, "", *_goals(rows, titles), "", *_tuning(rows, titles, results["tuning"]), ""])
 

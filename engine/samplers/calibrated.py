@@ -10,6 +10,7 @@ and the flow; see `Pace`. Where the population parts into modes, particle weight
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ LEAST_ESS = 0.8
 Early copies part again; a mode's mass is measured anew in any case."""
 LARGEST_CAUTIOUS_STEP = 1.0
 """Stable where the slope of a network's G is up to 4; that of an exact prior's is at most 1."""
-ANNEALED_SHARE, ANNEALED_LEVELS = 0.2, 4.0
+ANNEALED_SHARE, ANNEALED_LEVELS = 0.2, 5.0
 """A network's chains spend this share of their NFE on the levels from so many times sigma_min on, where they
 forget what moment matching, a Gaussian approximation, got wrong. From higher ones they would lag behind."""
 LAST_DRAWS = 4
@@ -178,7 +179,9 @@ def anneal(
     ancestors = torch.arange(count, device=state.x.device)
     resamplings = 0
     looked_at = levels[0]
-    for sigma, following in zip(levels, [*levels[1:], levels[-1]], strict=True):
+    # A step is as long at the last level as at the one before.
+    beyond = levels[-1] ** 2 / levels[-2] if len(levels) > 1 else levels[-1] / 2
+    for sigma, following in pairwise([*levels, beyond]):
         energy, grad = yield Evaluate(state.x, levels_of(sigma, count, state.x))
         # Diverged chains would be weighted away without a word: their population is to be run again.
         if weigh and sigma <= LOOK_RATIO * looked_at and not state.diverged.any():
@@ -190,7 +193,7 @@ def anneal(
                 resamplings += 1
         way = pace(sigma, following)
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=way.step_size, memory=way.memory)
-        if way.carried and following < sigma:
+        if way.carried and following >= levels[-1]:
             state = kinetic.carry(problem, state, grad, following)
     energy, grad = yield Evaluate(state.x, levels_of(state.sigma, count, state.x))
     weights = mode_weights.equal(count)
@@ -279,8 +282,9 @@ def _run(problem: Problem, noise: Noise, plan: CalibratedPlan, *, weigh: bool, c
         levels = plan.descent
         stretch = 1.0 if calmer else moment_matching.LARGEST_STRETCH
         x, diverged = yield from moment_matching.descend(problem, noise, levels, stretch=stretch)
-        start = kinetic.init_at(problem, noise, x, levels[-1], len(levels) - 1)
-        start = replace(start, diverged=diverged)
+        steps = len(levels)
+        x = moment_matching.hold(problem, noise.at(steps, problem.dtype), x, levels[-1])
+        start = replace(kinetic.init_at(problem, noise, x, levels[-1], steps), diverged=diverged)
     return (yield from anneal(problem, noise, plan.annealed, pace=pace, weigh=weigh, start=start))
 
 

@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from alpenglow.operators.base import Normal
 from alpenglow.samplers.chains import Chains, Evaluate
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
@@ -98,3 +99,15 @@ def descend(
         diverged = diverged | ~(moved.abs().flatten(1).amax(1) <= _RANGE * levels[0])  # NaN compares false
         x = torch.where(diverged.reshape(-1, 1, 1, 1), x, moved)
     return x, diverged
+
+
+def hold(problem: Problem, normal: Normal, x: Tensor, sigma: float) -> Tensor:
+    """Chains x [B, C, H, W] of the diffused posterior at level sigma as chains of p_sigma(x | y).
+
+    The measurement takes hold of its part of them: with f = P / sigma^2, of noise sigma in x the share f is
+    left, and (1 - f) of w ~ N(0, P) is added. That is P where the data rule, and x where they say nothing; in
+    between, where eta is near sigma, up to a quarter of the variance is missing, which annealing brings back.
+    """
+    levels = levels_of(sigma, len(x), x)
+    w = problem.draw(normal, levels)
+    return problem.conditional_mean(x, levels) + w - problem.free(w, levels)
