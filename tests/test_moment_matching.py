@@ -122,6 +122,17 @@ def test_a_negative_covariance_leaves_the_denoised_image() -> None:
     torch.testing.assert_close(mean, -x)
 
 
+def test_where_nothing_is_measured_the_samples_are_the_prior_s() -> None:
+    prior = GaussianPrior(torch.full((1, 4, 4), 0.2), 0.09 * torch.eye(16))
+    operator, count = LinearOperator.from_functions(lambda x: 0 * x, lambda y: 0 * y), 1000
+    posterior = ag.sample(
+        prior, operator, torch.zeros(1, 4, 4), noise_std=0.1, num_samples=count, nfe=60, gradient_error=0.2
+    )
+    # Standard errors: 0.032 stds of a mean, 0.022 of a std.
+    assert ((posterior.mean - 0.2) / 0.3).abs().max() < 4 * 0.032
+    assert (posterior.std / 0.3 - 1).abs().max() < 4 * 0.022 + 0.03
+
+
 def test_the_stretch_bounds_how_far_a_vanishing_covariance_reaches() -> None:
     """C next to 0 asks for any multiple of the step; the limit is `stretch` times that of C = s^2."""
     shape = (1, 4, 4)

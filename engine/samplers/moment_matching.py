@@ -63,8 +63,8 @@ def posterior_mean(
     p = (residual - problem.operator.forward(change)) / problem.noise_std**2
     towards = problem.operator.adjoint(p)
 
-    length = dot(towards, towards).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
-    probe = PROBE * sigma * math.sqrt(x[0].numel()) / length
+    length = dot(towards, towards).sqrt()
+    probe = PROBE * sigma * math.sqrt(x[0].numel()) / torch.where(length > 0, length, 1)
     _, there = yield Evaluate(x + _scaled(probe, towards), levels)
     spread = sigma**2 * (towards - _scaled(1 / probe, there - grad))  # C A^T p
 
