@@ -109,8 +109,6 @@ def moments(
         spent += len(state.x)
         pace = plan.pace(sigma, following)
         state = kinetic.step(problem, state, sigma, grad, noise, step_size=pace.step_size, memory=pace.memory)
-        if pace.carried and following < sigma:
-            state = kinetic.carry(problem, state, grad, following)
     level = levels_of(state.sigma, len(state.x), state.x)
     _, grad = yield Evaluate(state.x, level)
     spent += len(state.x)

@@ -131,9 +131,9 @@ class GaussianMixturePrior:
         for k in range(len(self.weights)):
             chosen = component == k
             axes = self._axes[k].cpu()
-            # The symmetric root: eigenvectors, and so the samples of a seed, depend on LAPACK and the CPU.
-            root = axes * self._variances[k].cpu().sqrt() @ axes.T
-            images[chosen] = self.means[k].flatten().cpu() + normal[chosen] @ root
+            # By the symmetric root: eigenvectors, and so the samples of a seed, depend on LAPACK and the CPU.
+            deviation = (normal[chosen] @ axes * self._variances[k].cpu().sqrt()) @ axes.T
+            images[chosen] = self.means[k].flatten().cpu() + deviation
         return images.reshape(num_samples, *self.image_shape).to(self.means.device)
 
     def posterior(

@@ -61,6 +61,11 @@ class CalibratedOptions:
     memory_limit: float = kinetic.LARGEST_MEMORY
     gradient_error: float = 0.0
 
+    @property
+    def by_moments(self) -> bool:
+        """Whether chains come down by moment matching before they are annealed."""
+        return self.gradient_error > 0
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -125,15 +130,10 @@ class CalibratedPlan:
         return min(max(2 * self.spread, low), high)
 
     @property
-    def by_moments(self) -> bool:
-        """Whether chains come down by moment matching before they are annealed."""
-        return self.options.gradient_error > 0
-
-    @property
     def annealed(self) -> list[float]:
         """Levels of the kinetic steps."""
         options = self.options
-        if not self.by_moments:
+        if not self.options.by_moments:
             return geometric_levels(self.sigma_max, options.sigma_min, max(1, options.nfe - 1))
         first = min(ANNEALED_LEVELS * options.sigma_min, self.sigma_max)
         return geometric_levels(first, options.sigma_min, self._annealed_nfe - 1)
@@ -151,7 +151,7 @@ class CalibratedPlan:
     def pace(self, sigma: float, following: float) -> Pace:
         """From level sigma to the following one."""
         options = self.options
-        if options.gradient_error > 0:
+        if options.by_moments:
             step = cautious_step(sigma, following, options.gradient_error, options.sigma_min)
             pace = Pace(min(step, options.step_size), 0.0, True)
         else:
@@ -251,7 +251,7 @@ def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[C
     Moment matching needs none. A pilot that diverges is repeated more calmly. Raises RuntimeError when it
     diverges even so.
     """
-    if options.gradient_error > 0:
+    if options.by_moments:
         return CalibratedPlan(options, math.inf)
     ids = _PILOT_IDS + torch.arange(PILOT_CHAINS, device=problem.y.device)
     levels = geometric_levels(options.sigma_range[1], options.sigma_min, PILOT_STEPS - 1)
@@ -267,7 +267,7 @@ def prepare(problem: Problem, seed: int, options: CalibratedOptions) -> Chains[C
 
 def pilot_nfe(options: CalibratedOptions) -> int:
     """What `prepare` spends at least."""
-    return 0 if options.gradient_error > 0 else PILOT_CHAINS * PILOT_STEPS
+    return 0 if options.by_moments else PILOT_CHAINS * PILOT_STEPS
 
 
 def _run(problem: Problem, noise: Noise, plan: CalibratedPlan, *, weigh: bool, calmer: bool) -> Chains[Path]:
@@ -278,7 +278,7 @@ def _run(problem: Problem, noise: Noise, plan: CalibratedPlan, *, weigh: bool, c
         return found.calmer() if calmer else found
 
     start = None
-    if plan.by_moments:
+    if plan.options.by_moments:
         levels = plan.descent
         stretch = 1.0 if calmer else moment_matching.LARGEST_STRETCH
         x, diverged = yield from moment_matching.descend(problem, noise, levels, stretch=stretch)
@@ -332,7 +332,7 @@ def _diagnose(path: Path, plan: CalibratedPlan, broken: Tensor) -> dict[str, Any
     sizes = torch.bincount(weights.labels).tolist()
     # Of a particle; infinite where a mode that lives was not measured.
     error = weights.error[weights.labels].square().mean().sqrt().item()
-    known = {} if plan.by_moments else {"top_std": plan.spread}
+    known = {} if plan.options.by_moments else {"top_std": plan.spread}
     return known | {
         "sigma_max": plan.sigma_max,
         "modes": weights.modes,

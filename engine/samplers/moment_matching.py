@@ -19,7 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from alpenglow.operators.base import Normal
+from alpenglow.kernels.cg_update import dot
+from alpenglow.operators.base import Normal, per_image
 from alpenglow.samplers.chains import Chains, Evaluate
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
@@ -34,16 +35,9 @@ _RANGE = 1000.0
 """Chains beyond this times the first level have diverged."""
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Real inner products [B], float64, of images or measurements [B, ...]."""
-    if a.is_complex():
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    return (a.double() * b.double()).flatten(1).sum(1)
-
-
-def _scaled(factor: Tensor, image: Tensor) -> Tensor:
-    """factor [B] times images [B, C, H, W]."""
-    return factor.to(image.dtype).reshape(-1, 1, 1, 1) * image
+def _real(y: Tensor) -> Tensor:
+    """Measurements as real numbers: their inner products are those of real and imaginary parts."""
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
 
 
 def posterior_mean(
@@ -65,14 +59,15 @@ def posterior_mean(
 
     length = dot(towards, towards).sqrt()
     probe = PROBE * sigma * math.sqrt(x[0].numel()) / torch.where(length > 0, length, 1)
-    _, there = yield Evaluate(x + _scaled(probe, towards), levels)
-    spread = sigma**2 * (towards - _scaled(1 / probe, there - grad))  # C A^T p
+    _, there = yield Evaluate(x + per_image(probe, x) * towards, levels)
+    spread = sigma**2 * (towards - (there - grad) / per_image(probe, x))  # C A^T p
 
     # The line search: r.p / p.(eta^2 + A C A^T) p. A network's C may be negative there: then D stays.
     known = dot(towards, spread)
+    p, residual = _real(p), _real(residual)
     slope, curvature = dot(residual, p).clamp(min=0), problem.noise_std**2 * dot(p, p) + known
     step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
-    return denoised + _scaled(step, spread)
+    return denoised + per_image(step, x) * spread
 
 
 def descend(
@@ -110,4 +105,4 @@ def hold(problem: Problem, normal: Normal, x: Tensor, sigma: float) -> Tensor:
     """
     levels = levels_of(sigma, len(x), x)
     w = problem.draw(normal, levels)
-    return problem.conditional_mean(x, levels) + w - problem.free(w, levels)
+    return problem.conditional_mean(x - w, levels) + w
