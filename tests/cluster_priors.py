@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,8 +52,13 @@ class Poisoned(Logged):
             if self.fault == "raise":
                 raise RuntimeError("the backend cannot do this image")
             grad[(x.abs() > 1e5).flatten(1).any(1)] = torch.nan
-        broken = self.folder.parent / "broken"
-        if self.fault == "device" and (not broken.exists() or broken.read_text() == str(os.getpid())):
-            broken.write_text(str(os.getpid()))
+        if self.fault == "device" and self._broken():
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         return energy, grad
+
+    def _broken(self) -> bool:
+        # Written once: this process may be ended while another batch of it is here.
+        path = self.folder.parent / "broken"
+        with suppress(FileExistsError), path.open("x") as file:
+            file.write(str(os.getpid()))
+        return path.read_text() == str(os.getpid())
