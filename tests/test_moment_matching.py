@@ -64,6 +64,16 @@ def test_the_mean_is_exact_where_one_number_is_measured() -> None:
     assert ((mean - denoised)[:, 0, 2, 2] / (mean - denoised)[:, 0, 2, 3]).min() > 0.3
 
 
+def test_the_mean_is_exact_where_two_numbers_are_measured() -> None:
+    """Two steps of conjugate gradients solve two equations, also where C ties them together."""
+    mask = torch.zeros(6, 6)
+    mask[2, 3] = mask[4, 3] = 1
+    problem = problem_of(ag.operators.Inpainting(mask))
+    x = images_at(problem, SIGMA)
+    mean = drive(moment_matching.posterior_mean(problem, x, SIGMA), problem)
+    torch.testing.assert_close(mean.double(), dense_mean(problem, x, SIGMA), rtol=1e-3, atol=1e-4)
+
+
 def test_the_mean_is_exact_for_a_white_prior_with_orthogonal_measurements() -> None:
     shape = (1, 4, 4)
     prior = GaussianPrior(torch.full(shape, 0.2), 0.09 * torch.eye(16))
@@ -76,8 +86,8 @@ def test_the_mean_is_exact_for_a_white_prior_with_orthogonal_measurements() -> N
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4, 2.0])
 @pytest.mark.parametrize("name", ["half", "blur", "super-resolution", "k-space of real images"])
-def test_one_step_is_nearer_to_the_exact_mean_than_none(name: str, sigma: float) -> None:
-    """Steepest descent in the energy norm of the system lowers the error of m along C A^T."""
+def test_the_steps_near_the_exact_mean(name: str, sigma: float) -> None:
+    """Conjugate gradients in the energy norm of the system lower the error of m along C A^T."""
     generator = torch.Generator().manual_seed(0)
     operators: dict[str, LinearOperator] = {
         "half": ag.operators.Inpainting(torch.rand(6, 6, generator=generator) < 0.5),
@@ -93,7 +103,7 @@ def test_one_step_is_nearer_to_the_exact_mean_than_none(name: str, sigma: float)
     mean = drive(moment_matching.posterior_mean(problem, x, sigma), problem)
     denoised = x - problem.prior.energy_and_grad(x, torch.full((3,), sigma))[1]
     before, after = ((m.double() - exact).flatten(1).norm(dim=1) for m in (denoised, mean))
-    assert (after < 0.75 * before).all()
+    assert (after < (0.75 if moment_matching.steps_at(sigma) == 1 else 0.2) * before).all()
 
 
 def test_the_mean_under_coils_is_nearer_too() -> None:
@@ -188,8 +198,9 @@ def test_levels_and_cost_of_a_network_s_chains() -> None:
     plan = CalibratedPlan(CalibratedOptions(nfe=100, sigma_min=0.04, gradient_error=0.2), float("inf"))
     assert (plan.descent[0], plan.descent[-1]) == (20.0, pytest.approx(plan.annealed[0]))
     assert (plan.annealed[0], plan.annealed[-1]) == (pytest.approx(0.2), pytest.approx(0.04))
-    # 2 NFE a level but the last, 1 a level after it, and 1 to remove the last noise.
-    assert 2 * (len(plan.descent) - 1) + len(plan.annealed) + 1 == 100
+    # 2 NFE a level, 3 below sigma 1, none at the last; 1 a level after it, and 1 to remove the last noise.
+    spent = sum(2 if sigma > 1 else 3 for sigma in plan.descent[:-1]) + len(plan.annealed) + 1
+    assert 97 <= spent <= 100
     assert calibrated.pilot_nfe(plan.options) == 0
 
 
@@ -250,12 +261,26 @@ def test_the_measurement_takes_hold_of_its_part() -> None:
     x = torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     held = moment_matching.hold(problem, Noise(0, torch.arange(count)).at(1), x, sigma)[:, 0, 0]
     torch.testing.assert_close(held[:, 1], x[:, 0, 0, 1])
-    f = eta**2 / (eta**2 + sigma**2)
+    f, wide = (eta**2 / (eta**2 + level**2) for level in (sigma, moment_matching.PIXEL_STD))
     rest = held[:, 0] - f * x[:, 0, 0, 0]
-    std = (1 - f) * math.sqrt(f) * sigma
+    std = (1 - wide) * math.sqrt(f) * sigma
     # Standard errors of 4 000 draws: 0.016 stds of the mean, 0.011 of the std.
     assert abs(rest.mean() - (1 - f) * 0.7) < 4 * 0.016 * std
     assert rest.std().item() == pytest.approx(std, rel=4 * 0.011)
+
+
+@pytest.mark.parametrize("eta", [0.02, 0.1, 0.2])
+def test_a_wide_posterior_keeps_its_variance_under_the_hold(eta: float) -> None:
+    """x ~ N(y, eta^2), diffused to sigma: p_sigma(x | y) of a flat prior is N(y, eta^2) again."""
+    count, sigma = 4000, 0.1
+    prior = GaussianPrior(torch.zeros(1, 1, 1), torch.eye(1))
+    problem = Problem(prior, ag.operators.Denoising(), torch.full((1, 1, 1, 1), 0.3), eta)
+    generator = torch.Generator().manual_seed(0)
+    x = 0.3 + math.hypot(eta, sigma) * torch.randn(count, 1, 1, 1, generator=generator)
+    held = moment_matching.hold(problem, Noise(0, torch.arange(count)).at(1), x, sigma)
+    # The prior's width of 0.5 leaves up to eta^2 / (eta^2 + 0.25) out; standard errors as above.
+    assert abs(held.mean() - 0.3) < 4 * 0.016 * eta
+    assert held.std().item() == pytest.approx(eta, rel=4 * 0.011 + eta**2 / (eta**2 + 0.25))
 
 
 def test_measured_pixels_reach_the_data_however_few_steps_there_are() -> None:

@@ -144,9 +144,14 @@ class CalibratedPlan:
 
     @property
     def descent(self) -> list[float]:
-        """Levels of the diffused posterior, down to the first of `annealed`; 2 NFE each but the last."""
-        steps = max(0, self.options.nfe - self._annealed_nfe) // 2
-        return geometric_levels(self.sigma_max, self.annealed[0], steps + 1)
+        """Levels of the diffused posterior, down to the first of `annealed`: as many as the NFE allow."""
+        left = self.options.nfe - self._annealed_nfe
+        levels = [self.sigma_max]
+        while True:
+            more = geometric_levels(self.sigma_max, self.annealed[0], len(levels) + 1)
+            if sum(1 + moment_matching.steps_at(sigma) for sigma in more[:-1]) > left:
+                return levels
+            levels = more
 
     def pace(self, sigma: float, following: float) -> Pace:
         """From level sigma to the following one."""

@@ -9,8 +9,9 @@ C = sigma^2 dD/dx = sigma^2 (I - dG/dx):
 Source: Rozet et al., NeurIPS 2024 (arXiv 2405.13712); the same moments: Boys et al., arXiv 2310.06721. G is
 the gradient of an energy, so C is symmetric, and C times an image is a difference of two G.
 
-The system is solved to a single step of steepest descent. A network knows its G to some per cent, and how G
-changes less well: more steps, along directions that C makes ever narrower, let single chains fly off.
+The system is solved by two steps of conjugate gradients, by one where noise is wide beside the images. A
+network knows its G to some per cent, and how G changes less well: more steps, along directions that C makes
+ever narrower, let single chains fly off.
 """
 
 import math
@@ -29,45 +30,70 @@ PIXEL_STD = 0.5
 s = sigma PIXEL_STD / (sigma^2 + PIXEL_STD^2)^(1/2), which preconditions the system."""
 LARGEST_STRETCH = 5.0
 """Largest multiple of the step that C = s^2 asks for: C may be smaller, but not without bound."""
+FIRST_SECOND_STEP = 1.0
+"""Highest level of a second step. Above it a network's C is known too badly: what the first step leaves of
+the system is more than there was, under masks, blurs and coils alike."""
 PROBE = 0.05
 """Length of the step for dG/dx beside the noise's: a shorter one meets rounding, a longer one curvature."""
 _RANGE = 1000.0
 """Chains beyond this times the first level have diverged."""
 
 
-def _real(y: Tensor) -> Tensor:
-    """Measurements as real numbers: their inner products are those of real and imaginary parts."""
-    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products [B] of measurements, those of their real and imaginary parts where they are complex."""
+    if a.is_complex():
+        a, b = (torch.view_as_real(y.resolve_conj()) for y in (a, b))
+    return dot(a, b)
+
+
+def _per_image(factor: Tensor, y: Tensor) -> Tensor:
+    """factor [B] as [B, 1, ...], for measurements [B, ...]."""
+    return factor.reshape(-1, *[1] * (y.ndim - 1))
+
+
+def steps_at(sigma: float) -> int:
+    """Steps of conjugate gradients at level sigma; each takes a gradient beside that of D."""
+    return 1 if sigma > FIRST_SECOND_STEP else 2
 
 
 def posterior_mean(
     problem: Problem, x: Tensor, sigma: float, *, stretch: float = LARGEST_STRETCH
 ) -> Chains[Tensor]:
-    """m [B, C, H, W] at x [B, C, H, W] and level sigma, to one step of steepest descent; 2 NFE.
+    """m [B, C, H, W] at x [B, C, H, W] and level sigma by `steps_at` steps; 1 NFE and 1 a step.
 
-    Exact for a Gaussian prior where A C A^T is a multiple of the identity. stretch: see LARGEST_STRETCH.
+    Exact for a Gaussian prior where A C A^T has no more eigenvalues than there are steps. stretch: see
+    LARGEST_STRETCH.
     """
     levels = levels_of(sigma, len(x), x)
+    operator, variance = problem.operator, problem.noise_std**2
+    s = levels_of(sigma * PIXEL_STD / math.hypot(sigma, PIXEL_STD), len(x), x)
     _, grad = yield Evaluate(x, levels)
-    denoised = x - grad
-    residual = problem.y - problem.operator.forward(denoised)
-    # p = (eta^2 + s^2 A A^T)^-1 r, by the conditional mean of a pixel known to s (Woodbury).
-    s = sigma * PIXEL_STD / math.hypot(sigma, PIXEL_STD)
-    change = problem.conditional_mean(denoised, levels_of(s, len(x), x)) - denoised
-    p = (residual - problem.operator.forward(change)) / problem.noise_std**2
-    towards = problem.operator.adjoint(p)
+    mean = x - grad
+    residual = problem.y - operator.forward(mean)
+    p = product = torch.zeros_like(residual)
+    curvature = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    for _ in range(steps_at(sigma)):
+        # (eta^2 + s^2 A A^T)^-1 r, by the conditional mean of a pixel known to s (Woodbury).
+        change = operator.solve(operator.adjoint(residual) / variance, s, problem.noise_std)
+        z = (residual - operator.forward(change)) / variance
+        # Conjugate to the last direction by its product as it was found: C is symmetric only nearly.
+        overlap = torch.where(curvature > 0, _dot(z, product) / curvature, 0)
+        p = z - _per_image(overlap, z) * p
+        towards = operator.adjoint(p)
 
-    length = dot(towards, towards).sqrt()
-    probe = PROBE * sigma * math.sqrt(x[0].numel()) / torch.where(length > 0, length, 1)
-    _, there = yield Evaluate(x + per_image(probe, x) * towards, levels)
-    spread = sigma**2 * (towards - (there - grad) / per_image(probe, x))  # C A^T p
+        length = dot(towards, towards).sqrt()
+        probe = PROBE * sigma * math.sqrt(x[0].numel()) / torch.where(length > 0, length, 1)
+        _, there = yield Evaluate(x + per_image(probe, x) * towards, levels)
+        spread = sigma**2 * (towards - (there - grad) / per_image(probe, x))  # C A^T p
 
-    # The line search: r.p / p.(eta^2 + A C A^T) p. A network's C may be negative there: then D stays.
-    known = dot(towards, spread)
-    p, residual = _real(p), _real(residual)
-    slope, curvature = dot(residual, p).clamp(min=0), problem.noise_std**2 * dot(p, p) + known
-    step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
-    return denoised + per_image(step, x) * spread
+        # The line search: r.p / p.(eta^2 + A C A^T) p. A network's C may be negative there: then m stays.
+        known = dot(towards, spread)
+        product = variance * p + operator.forward(spread)
+        slope, curvature = _dot(residual, p).clamp(min=0), variance * _dot(p, p) + known
+        step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
+        mean = mean + per_image(step, x) * spread
+        residual = residual - _per_image(step, residual) * product
+    return mean
 
 
 def descend(
@@ -76,7 +102,7 @@ def descend(
     """Chains from noise at levels[0] down to x [B, C, H, W] of levels[-1]; and which diverged, bool [B].
 
     The reverse diffusion by DPM-Solver++(2M) SDE (Lu et al., arXiv 2211.01095), which takes m as linear in
-    log sigma. 2 NFE a level but the last. Chains that diverged are held where they were.
+    log sigma. 1 NFE and `steps_at` a level but the last. Chains that diverged are held where they were.
     """
     x = levels[0] * noise.at(0, problem.dtype)(problem.image_shape)
     diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -99,10 +125,10 @@ def descend(
 def hold(problem: Problem, normal: Normal, x: Tensor, sigma: float) -> Tensor:
     """Chains x [B, C, H, W] of the diffused posterior at level sigma as chains of p_sigma(x | y).
 
-    The measurement takes hold of its part of them: with f = P / sigma^2, of noise sigma in x the share f is
-    left, and (1 - f) of w ~ N(0, P) is added. That is P where the data rule, and x where they say nothing; in
-    between, where eta is near sigma, up to a quarter of the variance is missing, which annealing brings back.
+    The measurement takes hold of its part of them. It leaves of noise sigma in x the share f = P / sigma^2.
+    What it does not know, w ~ N(0, P), is added where it says more than PIXEL_STD, so that a wide posterior
+    keeps its variance, and not where it says nothing, and x has all of its noise already.
     """
-    levels = levels_of(sigma, len(x), x)
+    levels, wide = levels_of(sigma, len(x), x), levels_of(PIXEL_STD, len(x), x)
     w = problem.draw(normal, levels)
-    return problem.conditional_mean(x - w, levels) + w
+    return problem.conditional_mean(x, levels) + w - problem.free(w, wide)
