@@ -59,10 +59,10 @@ def section(results: dict[str, Any]) -> str:
     lines = [
         f"## {results['prior']}",
         "",
-        f"{settings['images']} held-out images, {settings['samples']} samples of each; noise floor "
-        f"{settings['noise_floor']:g}. Denoiser of DPS and DAPS: {settings['denoiser']}, at up to "
-        f"{settings['baseline_nfe']} NFE. Torch {machine['torch']} on {machine['processor']} with "
-        f"{machine['threads']} thread(s).",
+        f"{settings['images']} held-out image{'s' * (settings['images'] > 1)}, {settings['samples']} samples "
+        f"of each; noise floor {settings['noise_floor']:g}. Denoiser of DPS and DAPS: "
+        f"{settings['denoiser']}, at up to {settings['baseline_nfe']} NFE. Torch {machine['torch']} on "
+        f"{machine['processor']} with {machine['threads']} thread(s).",
         "",
         "| | method | PSNR (dB) | sample | SSIM | coverage 50 % | coverage 90 % | width | NFE | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -100,7 +100,7 @@ def _goals(rows: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]
         share = nfe / PUBLISHED_DAPS_NFE
         others = [methods[name]["mean"] for name in ("dps", "daps")]
         cells = [
-            *(_bold(f"{gain:+.2f} ± {error:.2f}", not gain >= GAIN_DB) for gain, error in gains),
+            *(_bold(_with_error(gain, error), not gain >= GAIN_DB) for gain, error in gains),
             _bold(f"{share:.2f}", share > NFE_SHARE),
             f"{nfe / others[1]['nfe']:.2f}",
             _bold(f"{coverage:.3f}", not COVERAGE[0] <= coverage <= COVERAGE[1]),
@@ -108,6 +108,10 @@ def _goals(rows: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[str]
         ]
         lines.append(f"| {titles[row]} | {' | '.join(cells)} |")
     return lines
+
+
+def _with_error(gain: float, error: float) -> str:
+    return f"{gain:+.2f}" if math.isnan(error) else f"{gain:+.2f} ± {error:.2f}"
 
 
 def _gain(ours: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
