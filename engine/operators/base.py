@@ -218,5 +218,5 @@ def _chw(x: Tensor) -> tuple[int, int, int]:
 
 
 def per_image(sigma: Tensor, like: Tensor) -> Tensor:
-    """sigma [B] as [B, 1, 1, 1], in the dtype and on the device of the real tensor `like`."""
-    return sigma.to(device=like.device, dtype=like.dtype).reshape(-1, 1, 1, 1)
+    """sigma [B] as [B, 1, ...], to multiply images or measurements [B, ...] like `like`, in its dtype."""
+    return sigma.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))

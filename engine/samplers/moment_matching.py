@@ -46,11 +46,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return dot(a, b)
 
 
-def _per_image(factor: Tensor, y: Tensor) -> Tensor:
-    """factor [B] as [B, 1, ...], for measurements [B, ...]."""
-    return factor.reshape(-1, *[1] * (y.ndim - 1))
-
-
 def steps_at(sigma: float) -> int:
     """Steps of conjugate gradients at level sigma; each takes a gradient beside that of D."""
     return 1 if sigma > FIRST_SECOND_STEP else 2
@@ -78,7 +73,7 @@ def posterior_mean(
         z = (residual - operator.forward(change)) / variance
         # Conjugate to the last direction by its product as it was found: C is symmetric only nearly.
         overlap = torch.where(curvature > 0, _dot(z, product) / curvature, 0)
-        p = z - _per_image(overlap, z) * p
+        p = z - per_image(overlap, z) * p
         towards = operator.adjoint(p)
 
         length = dot(towards, towards).sqrt()
@@ -92,7 +87,7 @@ def posterior_mean(
         slope, curvature = _dot(residual, p).clamp(min=0), variance * _dot(p, p) + known
         step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
         mean = mean + per_image(step, x) * spread
-        residual = residual - _per_image(step, residual) * product
+        residual = residual - per_image(step, residual) * product
     return mean
 
 
