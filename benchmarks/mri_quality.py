@@ -27,6 +27,7 @@ from alpenglow.operators import SenseMRI, kspace_masks
 from alpenglow.priors.network import NetworkPrior
 from benchmarks.quality.estimates import Estimate, average, of_posterior, score
 from benchmarks.quality.methods import Stopwatch
+from benchmarks.quality.page import number
 from benchmarks.quality.results import machine, resume, write
 from benchmarks.quality.run import with_floor
 
@@ -237,11 +238,10 @@ def _write_page(output: Path, results: dict[str, Any]) -> Path:
     found = [(Row(**entry["row"]), entry) for entry in results["entries"]]
     for row, entry in sorted(found, key=lambda each: (ROWS.index(each[0]), methods.index(each[1]["method"]))):
         mean = entry["mean"]
-        shown = [f"{mean[key]:.3f}" if key in mean else "" for key in ("coverage", "correlation")]
         lines.append(
             f"| {'' if row == last else row.title} | {entry['method']} | {mean['psnr']:.2f} | "
-            f"{mean['ssim']:.3f} | {mean['nrmse']:.3f} | {shown[0]} | {shown[1]} | {mean['nfe']:.0f} | "
-            f"{'' if mean.get('seconds') is None else round(mean['seconds'])} |"
+            f"{mean['ssim']:.3f} | {mean['nrmse']:.3f} | {number(mean.get('coverage'), 3)} | "
+            f"{number(mean.get('correlation'), 3)} | {mean['nfe']:.0f} | {number(mean.get('seconds'), 0)} |"
         )
         last = row
     path = output / "mri-quality.md"

@@ -72,10 +72,10 @@ def section(results: dict[str, Any]) -> str:
             m = entry["mean"]
             title = titles[row] if method == next(iter(methods)) else ""
             lines.append(
-                f"| {title} | {NAMES[method]} | {_number(m['psnr'], 2)} | {_number(m.get('sample_psnr'), 2)} "
-                f"| {_number(m['ssim'], 3)} | {_number(m.get('coverage_50'), 3)} "
-                f"| {_number(m.get('coverage_90'), 3)} | {_number(m.get('width_90'), 3)} "
-                f"| {m['nfe']:.0f} | {_number(m.get('seconds'), 1)} |"
+                f"| {title} | {NAMES[method]} | {number(m['psnr'], 2)} | {number(m.get('sample_psnr'), 2)} "
+                f"| {number(m['ssim'], 3)} | {number(m.get('coverage_50'), 3)} "
+                f"| {number(m.get('coverage_90'), 3)} | {number(m.get('width_90'), 3)} "
+                f"| {m['nfe']:.0f} | {number(m.get('seconds'), 1)} |"
             )
     return "\n".join([*lines, "", *_goals(rows, titles), "", *_tuning(rows, titles, results["tuning"]), ""])
 
@@ -141,13 +141,14 @@ def _tuning(rows: dict[str, dict[str, Any]], titles: dict[str, str], how: dict[s
             psnr = {trial["value"]: trial["psnr"] for trial in tuning["tried"]}
             lines.append(
                 f"| {titles[row]} | {NAMES[method]} | {tuning['name']} | {tuning['published']:.3g} "
-                f"| {_number(psnr[tuning['published']], 2)} | {tuning['chosen']:.3g} "
-                f"| {_number(psnr[tuning['chosen']], 2)} |"
+                f"| {number(psnr[tuning['published']], 2)} | {tuning['chosen']:.3g} "
+                f"| {number(psnr[tuning['chosen']], 2)} |"
             )
     return lines
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """With so many digits after the point; nothing of what was not measured."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
