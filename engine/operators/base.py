@@ -220,3 +220,8 @@ def _chw(x: Tensor) -> tuple[int, int, int]:
 def per_image(sigma: Tensor, like: Tensor) -> Tensor:
     """sigma [B] as [B, 1, ...], to multiply images or measurements [B, ...] like `like`, in its dtype."""
     return sigma.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def real_parts(y: Tensor) -> Tensor:
+    """Complex numbers [...] as real ones [..., 2]; real ones as they are."""
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y

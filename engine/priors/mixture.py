@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpenglow.operators.base import LinearOperator
+from alpenglow.operators.base import LinearOperator, real_parts
 
 
 def _float64(value: Any, name: str) -> Tensor:
@@ -27,7 +27,7 @@ def dense_matrix(operator: LinearOperator, image_shape: tuple[int, int, int]) ->
 
 def flatten_measurement(y: Tensor) -> Tensor:
     """Measurements [B, ...] as real rows [B, m]."""
-    return (torch.view_as_real(y.resolve_conj()) if y.is_complex() else y).flatten(1).double()
+    return real_parts(y).flatten(1).double()
 
 
 class GaussianMixturePrior:

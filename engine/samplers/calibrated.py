@@ -133,7 +133,7 @@ class CalibratedPlan:
     def annealed(self) -> list[float]:
         """Levels of the kinetic steps."""
         options = self.options
-        if not self.options.by_moments:
+        if not options.by_moments:
             return geometric_levels(self.sigma_max, options.sigma_min, max(1, options.nfe - 1))
         first = min(ANNEALED_LEVELS * options.sigma_min, self.sigma_max)
         return geometric_levels(first, options.sigma_min, self._annealed_nfe - 1)
@@ -145,10 +145,10 @@ class CalibratedPlan:
     @property
     def descent(self) -> list[float]:
         """Levels of the diffused posterior, down to the first of `annealed`: as many as the NFE allow."""
-        left = self.options.nfe - self._annealed_nfe
-        levels = [self.sigma_max]
+        high, low, left = self.sigma_max, self.annealed[0], self.options.nfe - self._annealed_nfe
+        levels = [high]
         while True:
-            more = geometric_levels(self.sigma_max, self.annealed[0], len(levels) + 1)
+            more = geometric_levels(high, low, len(levels) + 1)
             if sum(1 + moment_matching.steps_at(sigma) for sigma in more[:-1]) > left:
                 return levels
             levels = more

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.kernels.step_weights import StepWeights
+from alpenglow.operators.base import real_parts
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
 LARGEST_MEMORY = 0.8
@@ -58,8 +59,7 @@ def _resting(
 ) -> KineticState:
     level = levels_of(sigma, len(x), x)
     u = problem.draw_in_basis(noise.counters(iteration, draw=1), level)
-    parts = torch.view_as_real(z) if z.is_complex() else z
-    limit = _RANGE * parts.abs().flatten(1).amax(1)
+    limit = _RANGE * real_parts(z).abs().flatten(1).amax(1)
     diverged = torch.zeros_like(level, dtype=torch.bool)
     return KineticState(x, z, u, sigma, iteration, diverged, limit)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.kernels.philox import uniforms
-from alpenglow.operators.base import per_image
+from alpenglow.operators.base import per_image, real_parts
 from alpenglow.samplers.chains import Chains, Evaluate, Population
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of
 
@@ -61,9 +61,7 @@ def _evaluate(problem: Problem, x: Tensor, sigma: Tensor) -> Chains[tuple[Tensor
 
 def _kinetic_energy(problem: Problem, u: Tensor, sigma: Tensor) -> Tensor:
     """u^T Q u / 2, float64 [B]."""
-    measured = problem.operator.forward(u)
-    if measured.is_complex():
-        measured = torch.view_as_real(measured.resolve_conj())
+    measured = real_parts(problem.operator.forward(u))
     seen = measured.double().square().flatten(1).sum(1) / problem.noise_std**2
     return 0.5 * (seen + u.double().square().flatten(1).sum(1) / sigma.double().square())
 

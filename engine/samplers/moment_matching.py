@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.kernels.cg_update import dot
-from alpenglow.operators.base import Normal, per_image
+from alpenglow.operators.base import Normal, per_image, real_parts
 from alpenglow.samplers.chains import Chains, Evaluate
 from alpenglow.samplers.problem import Noise, Problem, levels_of
 
@@ -41,9 +41,7 @@ _RANGE = 1000.0
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products [B] of measurements, those of their real and imaginary parts where they are complex."""
-    if a.is_complex():
-        a, b = (torch.view_as_real(y.resolve_conj()) for y in (a, b))
-    return dot(a, b)
+    return dot(real_parts(a), real_parts(b))
 
 
 def steps_at(sigma: float) -> int:
@@ -61,21 +59,12 @@ def posterior_mean(
     """
     levels = levels_of(sigma, len(x), x)
     operator, variance = problem.operator, problem.noise_std**2
-    s = levels_of(sigma * PIXEL_STD / math.hypot(sigma, PIXEL_STD), len(x), x)
     _, grad = yield Evaluate(x, levels)
     mean = x - grad
     residual = problem.y - operator.forward(mean)
-    p = product = torch.zeros_like(residual)
-    curvature = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps_at(sigma)):
-        # (eta^2 + s^2 A A^T)^-1 r, by the conditional mean of a pixel known to s (Woodbury).
-        change = operator.solve(operator.adjoint(residual) / variance, s, problem.noise_std)
-        z = (residual - operator.forward(change)) / variance
-        # Conjugate to the last direction by its product as it was found: C is symmetric only nearly.
-        overlap = torch.where(curvature > 0, _dot(z, product) / curvature, 0)
-        p = z - per_image(overlap, z) * p
+    p = _precondition(problem, residual, sigma)
+    for steps_left in reversed(range(steps_at(sigma))):
         towards = operator.adjoint(p)
-
         length = dot(towards, towards).sqrt()
         probe = PROBE * sigma * math.sqrt(x[0].numel()) / torch.where(length > 0, length, 1)
         _, there = yield Evaluate(x + per_image(probe, x) * towards, levels)
@@ -83,12 +72,25 @@ def posterior_mean(
 
         # The line search: r.p / p.(eta^2 + A C A^T) p. A network's C may be negative there: then m stays.
         known = dot(towards, spread)
-        product = variance * p + operator.forward(spread)
         slope, curvature = _dot(residual, p).clamp(min=0), variance * _dot(p, p) + known
         step = torch.where(known > 0, (slope / curvature).clamp(max=stretch), 0)
         mean = mean + per_image(step, x) * spread
-        residual = residual - per_image(step, residual) * product
+        if steps_left:
+            product = variance * p + operator.forward(spread)
+            residual = residual - per_image(step, residual) * product
+            z = _precondition(problem, residual, sigma)
+            # Conjugate to the last direction by its product as it was found: C is symmetric only nearly.
+            overlap = torch.where(curvature > 0, _dot(z, product) / curvature, 0)
+            p = z - per_image(overlap, z) * p
     return mean
+
+
+def _precondition(problem: Problem, residual: Tensor, sigma: float) -> Tensor:
+    """(eta^2 + s^2 A A^T)^-1 r, by the conditional mean of a pixel known to s (Woodbury)."""
+    operator, variance = problem.operator, problem.noise_std**2
+    pull = operator.adjoint(residual) / variance
+    s = levels_of(sigma * PIXEL_STD / math.hypot(sigma, PIXEL_STD), len(pull), pull)
+    return (residual - operator.forward(operator.solve(pull, s, problem.noise_std))) / variance
 
 
 def descend(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alpenglow.kernels.philox import chain_counters
 from alpenglow.kernels.step_weights import Step, StepWeights
-from alpenglow.operators.base import LinearOperator, Normal, normal_streams
+from alpenglow.operators.base import LinearOperator, Normal, normal_streams, real_parts
 from alpenglow.priors.protocol import Prior
 
 
@@ -99,9 +99,7 @@ class Problem:
 
     def misfit(self, x: Tensor) -> Tensor:
         """-log p(y | x) up to a constant, ||y - A x||^2 / (2 eta^2), float64 [B]."""
-        residual = self.y - self.operator.forward(x)
-        if residual.is_complex():
-            residual = torch.view_as_real(residual.resolve_conj())
+        residual = real_parts(self.y - self.operator.forward(x))
         return residual.double().square().flatten(1).sum(1) / (2 * self.noise_std**2)
 
     def potential(self, x: Tensor, energy: Tensor, sigma: Tensor) -> Tensor:

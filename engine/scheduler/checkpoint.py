@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alpenglow.io.files import atomic_path
 from alpenglow.io.results import read_result, write_result
+from alpenglow.operators.base import real_parts
 from alpenglow.posterior import Posterior
 from alpenglow.samplers.chains import Answer, Population
 from alpenglow.scheduler.errors import CheckpointError
@@ -39,7 +40,7 @@ def probe(request: Request) -> Tensor:
 def fingerprint(request: Request, evaluated: Answer) -> dict[str, Any]:
     """What the samples of a request depend on, JSON-able; evaluated: the prior at `probe` and sigma 1."""
     problem = request.problem
-    y = torch.view_as_real(problem.y) if problem.y.is_complex() else problem.y
+    y = real_parts(problem.y)
     measured = problem.operator.forward(probe(request))
     energy, grad = evaluated
     settings = {key: value for key, value in request.settings.items() if key not in ("num_samples", "device")}
