@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alpenglow.networks.denoiser import energy
 from alpenglow.priors.network import NetworkPrior
 from alpenglow.samplers.alps import AlpsOptions, schedule
 
@@ -21,18 +22,22 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def energy_gradient(prior: NetworkPrior) -> Evaluate:
     """E [B] and G [B, C, H, W] by autograd, weights trainable, with a graph for a second derivative.
 
-    G = eps - J_psi^T eps with eps = x - psi, the vector of the product divided by sigma and multiplied back.
+    G = eps - J_psi^T eps with eps = x - psi, the vector of the product divided by sigma and multiplied back;
+    of an energy of another form, which no published code has, the gradient by the same passes.
     """
     denoiser = copy.deepcopy(prior.denoiser).requires_grad_(True)
 
     def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         x = x.clone().detach().requires_grad_()
+        level = sigma[:, None, None, None]
+        if denoiser.form != "alps":
+            total = energy(denoiser, x, sigma, prior.one_hot(len(x)))
+            (grad,) = torch.autograd.grad(total, x, 1 / sigma, create_graph=True)
+            return total, grad * level
         denoised = denoiser(x, sigma, prior.one_hot(len(x)))
         eps = x - denoised
-        energy = 0.5 * eps.abs().square().sum((1, 2, 3))
-        level = sigma[:, None, None, None]
         (pulled,) = torch.autograd.grad(denoised, x, eps / level, create_graph=True)
-        return energy, eps - pulled * level
+        return 0.5 * eps.abs().square().sum((1, 2, 3)), eps - pulled * level
 
     return evaluate
 

@@ -85,9 +85,9 @@ def test_both_losses_fall(folder: Path) -> None:
 
 def test_the_energy_starts_from_the_teacher(folder: Path) -> None:
     """A learning rate too small to move a float32 leaves the teacher's weights where they are."""
-    still = recipe_fields(folder)["energy"] | {"steps": 3, "learning_rate": 1e-30}
+    still = recipe_fields(folder)["energy"] | {"steps": 3, "learning_rate": 1e-60}
     teacher, energy = pipeline.distill(recipe_of(folder, energy=still), folder / "run")
-    assert same_weights(teacher, energy)
+    assert same_weights(teacher.with_form("product"), energy)
 
 
 # Teachers

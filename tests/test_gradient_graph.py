@@ -27,6 +27,7 @@ NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddpm++": (2, DDPM),
     "classes": (2, DDPM | {"label_dim": 3}),
     "ncsn++": (1, NCSN),
+    "product": (2, DDPM | {"out_channels": 8}),
     "skip": (1, NCSN | {"encoder_type": "skip", "decoder_type": "skip"}),
 }
 
@@ -34,8 +35,9 @@ NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
 def a_prior(kind: str, **options: Any) -> NetworkPrior:
     """A network whose every weight matters."""
     patch, network = NETWORKS[kind]
+    form = "product" if kind == "product" else "alps"
     denoiser = EDMDenoiser.from_config(
-        {"backbone": "SongUNet", "network": network, "sigma_data": 0.5, "patch": patch}
+        {"backbone": "SongUNet", "network": network, "sigma_data": 0.5, "patch": patch, "form": form}
     )
     randomise(denoiser)
     size = 8 * patch

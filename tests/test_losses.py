@@ -9,6 +9,7 @@ from torch import Tensor
 from alpenglow.distillation.batches import image_generator
 from alpenglow.distillation.config import SigmaLaw
 from alpenglow.distillation.losses import draw_sigma, energy_loss, teacher_loss
+from alpenglow.networks.denoiser import EnergyForm
 from tests.tiny import random_denoiser
 
 SIGMA = torch.tensor([0.02, 0.3, 2.0, 20.0], dtype=torch.float64)
@@ -21,17 +22,22 @@ def images(*, seed: int = 0) -> tuple[Tensor, Tensor]:
     return clean, clean + SIGMA[:, None, None, None] * noise
 
 
+@pytest.mark.parametrize("form", ["alps", "product"])
 @pytest.mark.parametrize(
     "classes", [None, torch.eye(3, dtype=torch.float64)[[0, 1, 2, 1]]], ids=["", "classes"]
 )
-def test_losses_are_what_they_say(classes: Tensor | None) -> None:
+def test_losses_are_what_they_say(classes: Tensor | None, form: EnergyForm) -> None:
     """Both losses written out again from their definitions, by other means."""
     label_dim = 0 if classes is None else 3
-    model = random_denoiser(label_dim=label_dim).double()
+    model = random_denoiser(label_dim=label_dim).double().with_form(form)
     teacher = random_denoiser(1, label_dim=label_dim).double()
     clean, noisy = images()
     x = noisy.clone().requires_grad_()
-    energy = 0.5 * (x - model(x, SIGMA, classes)).square().sum()
+    eps = factor = x - model(x, SIGMA, classes)
+    if form == "product":
+        scaled = x / (SIGMA**2 + 0.7**2).sqrt()[:, None, None, None]
+        factor = x - 0.7 * model.raw(scaled, SIGMA, classes)[:, 1:]
+    energy = 0.5 * (factor * eps).sum()
     (grad,) = torch.autograd.grad(energy, x)
     weight = 1 / SIGMA**2 + 1 / 0.7**2
     mismatch = (grad - x + teacher(x, SIGMA, classes)).square().mean((1, 2, 3))

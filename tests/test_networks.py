@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
+from alpenglow.networks.denoiser import HEADS, EDMDenoiser, energy_and_grad
 from alpenglow.networks.song_unet import SongUNet
 
 GOLDEN = Path(__file__).parent / "golden" / "edm_songunet.json"
@@ -183,13 +183,16 @@ def test_names_and_shapes_of_the_cifar10_network() -> None:
     assert "dec.16x16_block3.qkv.weight" not in shapes
 
 
-def denoiser(patch: int = 1) -> EDMDenoiser:
+FORMS = ("alps", "product")
+
+
+def denoiser(patch: int = 1, form: str = "alps") -> EDMDenoiser:
     config = {
         "backbone": "SongUNet",
         "network": {
             "img_resolution": 8,
             "in_channels": patch**2,
-            "out_channels": patch**2,
+            "out_channels": patch**2 * HEADS[form],
             "model_channels": 16,
             "channel_mult": [1, 2],
             "num_blocks": 1,
@@ -197,6 +200,7 @@ def denoiser(patch: int = 1) -> EDMDenoiser:
         },
         "sigma_data": 0.7,
         "patch": patch,
+        "form": form,
     }
     network = EDMDenoiser.from_config(config)
     network.load_state_dict(weights(network.state_dict()))
@@ -208,9 +212,10 @@ def noisy(sigma: Tensor, size: int) -> Tensor:
     return 0.7 * uniform("clean", shape) + sigma[:, None, None, None] * uniform("noise", shape)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patch", [1, 2])
-def test_grad_is_the_gradient_of_the_energy(patch: int) -> None:
-    network = denoiser(patch).double()
+def test_grad_is_the_gradient_of_the_energy(patch: int, form: str) -> None:
+    network = denoiser(patch, form).double()
     sigma = torch.tensor([0.002, 0.05, 1.0, 30.0], dtype=torch.float64)
     x = noisy(sigma, 8 * patch).double()
     _, grad = energy_and_grad(network, x, sigma)
@@ -223,14 +228,19 @@ def test_grad_is_the_gradient_of_the_energy(patch: int) -> None:
 
 
 def naive(network: EDMDenoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """E and G as DESIGN 1 defines them."""
+    """E and G as EnergyForm defines them."""
     x = x.detach().requires_grad_()
-    energy = 0.5 * (x - network(x, sigma)).square().flatten(1).sum(1)
+    eps = factor = x - network(x, sigma)
+    if network.form == "product":
+        scaled = x / (sigma**2 + 0.7**2).sqrt()[:, None, None, None]
+        factor = x - 0.7 * network.raw(scaled, sigma)[:, 1:]
+    energy = 0.5 * (factor * eps).flatten(1).sum(1)
     return energy.detach(), torch.autograd.grad(energy.sum(), x)[0]
 
 
-def test_energy_matches_its_definition() -> None:
-    network = denoiser(2).double()
+@pytest.mark.parametrize("form", FORMS)
+def test_energy_matches_its_definition(form: str) -> None:
+    network = denoiser(2, form).double()
     sigma = torch.tensor([0.002, 0.05, 1.0, 30.0], dtype=torch.float64)
     x = noisy(sigma, 16).double()
     for mine, definition in zip(energy_and_grad(network, x, sigma), naive(network, x, sigma), strict=True):
@@ -241,28 +251,32 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def test_float32_does_not_cancel_at_small_sigma() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_does_not_cancel_at_small_sigma(form: str) -> None:
     sigma = torch.full((4,), 0.002)
     x = noisy(sigma, 16)
-    truth = energy_and_grad(denoiser(2).double(), x.double(), sigma.double())
-    error = [relative(a, b) for a, b in zip(energy_and_grad(denoiser(2), x, sigma), truth, strict=True)]
-    plain = [relative(a, b) for a, b in zip(naive(denoiser(2), x, sigma), truth, strict=True)]
+    network = denoiser(2, form)
+    truth = energy_and_grad(denoiser(2, form).double(), x.double(), sigma.double())
+    error = [relative(a, b) for a, b in zip(energy_and_grad(network, x, sigma), truth, strict=True)]
+    plain = [relative(a, b) for a, b in zip(naive(network, x, sigma), truth, strict=True)]
     assert max(error) < 5e-6
     assert error[1] < 0.2 * plain[1]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.01), (torch.bfloat16, 0.08)])
-def test_half_precision_of_the_network_alone(dtype: torch.dtype, bound: float) -> None:
+def test_half_precision_of_the_network_alone(dtype: torch.dtype, bound: float, form: str) -> None:
     sigma = torch.tensor([0.002, 0.05, 1.0])
     x = noisy(sigma, 16)
-    _, truth = energy_and_grad(denoiser(2), x, sigma)
-    _, grad = energy_and_grad(denoiser(2), x, sigma, compute_dtype=dtype)
+    _, truth = energy_and_grad(denoiser(2, form), x, sigma)
+    _, grad = energy_and_grad(denoiser(2, form), x, sigma, compute_dtype=dtype)
     for one, other in zip(grad, truth, strict=True):
         assert relative(one, other.double()) < bound
 
 
-def test_loss_on_the_gradient_reaches_the_weights() -> None:
-    network = denoiser().double().requires_grad_(True)
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_on_the_gradient_reaches_the_weights(form: str) -> None:
+    network = denoiser(form=form).double().requires_grad_(True)
     sigma = torch.tensor([0.1, 1.0], dtype=torch.float64)
     x = noisy(sigma, 8).double()
     _, grad = energy_and_grad(network, x, sigma, create_graph=True)
@@ -277,6 +291,74 @@ def test_loss_on_the_gradient_reaches_the_weights() -> None:
         with torch.no_grad():
             bias[0] -= sign * 1e-5
     assert bias.grad[0].item() == pytest.approx((losses[0] - losses[1]).item() / 2e-5, rel=1e-5)
+
+
+class Wiener(torch.nn.Module):
+    """F of the exact denoiser of images N(0, covariance), D(x) = covariance (covariance + sigma^2)^-1 x.
+
+    With `heads` 2, H = 0 behind it.
+    """
+
+    def __init__(self, covariance: Tensor, heads: int) -> None:
+        super().__init__()
+        self.covariance, self.heads = covariance, heads
+
+    def forward(self, scaled: Tensor, label: Tensor, *_: object, **__: object) -> Tensor:
+        sigma = (4 * label).exp()
+        c = EDMDenoiser(torch.nn.Identity(), sigma_data=0.7).coefficients(sigma)
+        unit = torch.eye(len(self.covariance), dtype=torch.float64)
+        gain = torch.linalg.solve(self.covariance + sigma[0] ** 2 * unit, self.covariance)
+        x = scaled / c.c_in
+        output = ((x.flatten(1) @ gain).reshape(x.shape) - c.c_skip * x) / c.c_out
+        return torch.cat([output] + (self.heads - 1) * [torch.zeros_like(x)], dim=1)
+
+
+def test_an_exact_denoiser_is_its_own_energy_of_form_product() -> None:
+    """Of a Gaussian of mean zero, a = 0: x - G is the denoiser, and E / sigma^2 minus the log density."""
+    factor = uniform("factor", (16, 16)).double()
+    covariance = factor @ factor.T / 16
+    teacher = EDMDenoiser(Wiener(covariance, 1), sigma_data=0.7)
+    product = EDMDenoiser(Wiener(covariance, 2), sigma_data=0.7, form="product")
+    for level in (0.01, 0.3, 5.0):
+        sigma = torch.full((3,), level, dtype=torch.float64)
+        x = noisy(sigma, 4).double()
+        energy, grad = energy_and_grad(product, x, sigma)
+        torch.testing.assert_close(x - grad, teacher(x, sigma), rtol=1e-9, atol=1e-9)
+        precision = torch.linalg.inv(covariance + level**2 * torch.eye(16).double())
+        density = 0.5 * torch.einsum("bi,ij,bj->b", x.flatten(1), precision, x.flatten(1))
+        torch.testing.assert_close(energy / level**2, density, rtol=1e-8, atol=1e-8)
+        # As an energy of form alps its gain w becomes w + w (1 - w).
+        assert relative(x - energy_and_grad(teacher, x, sigma)[1], teacher(x, sigma)) > 1e-3
+
+
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+def test_a_second_head_starts_at_zero(decoder: str) -> None:
+    config = denoiser(2).config
+    assert config is not None
+    teacher = EDMDenoiser.from_config(config | {"network": config["network"] | {"decoder_type": decoder}})
+    teacher.load_state_dict(weights(teacher.state_dict()))
+    teacher.double().requires_grad_(False).eval()
+    sigma = torch.tensor([0.05, 1.0], dtype=torch.float64)
+    x = noisy(sigma, 16).double()
+    product = teacher.with_form("product")
+    torch.testing.assert_close(product(x, sigma), teacher(x, sigma), rtol=1e-12, atol=1e-12)
+    assert product.raw(x, sigma)[:, 1:].abs().max() == 0
+    expected = 0.5 * (x * (x - teacher(x, sigma))).flatten(1).sum(1)
+    torch.testing.assert_close(energy_and_grad(product, x, sigma)[0], expected, rtol=1e-9, atol=0)
+    again = EDMDenoiser.from_config(product.config or {})
+    again.load_state_dict(product.state_dict())
+    assert (teacher.form, again.form) == ("alps", "product")
+
+
+def test_wrong_forms_are_refused() -> None:
+    config = denoiser().config
+    assert config is not None
+    with pytest.raises(ValueError, match="unknown form 'blue' of an energy; expected alps or product"):
+        EDMDenoiser.from_config(config | {"form": "blue"})
+    with pytest.raises(ValueError, match="out_channels 1; an energy of form 'product' expects 2"):
+        EDMDenoiser.from_config(config | {"form": "product"})
+    with pytest.raises(ValueError, match="built by hand"):
+        EDMDenoiser(torch.nn.Identity()).with_form("product")
 
 
 def test_energy_under_inference_mode() -> None:

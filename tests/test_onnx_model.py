@@ -9,8 +9,9 @@ from torch import Tensor
 from alpenglow.export.gradient_graph import gradient_graph
 from alpenglow.export.onnx_model import OPSET, in_precision, onnx_model
 from alpenglow.export.parity import SIGMAS, TOLERANCE, check_parity, measure_parity
+from alpenglow.networks.denoiser import EnergyForm
 from alpenglow.priors.network import NetworkPrior, Precision
-from tests.tiny import random_denoiser
+from tests.tiny import random_denoiser, randomise
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -21,10 +22,15 @@ def tiny_prior() -> NetworkPrior:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["alps", "product"])
 @pytest.mark.parametrize(("precision", "classes"), [("float32", 0), ("float16", 0), ("float32", 3)])
-def test_agrees_with_float64_at_every_level_and_batch(precision: Precision, classes: int) -> None:
+def test_agrees_with_float64_at_every_level_and_batch(
+    precision: Precision, classes: int, form: EnergyForm
+) -> None:
     label = {"class_label": 1} if classes else {}
-    prior = NetworkPrior(random_denoiser(label_dim=classes), (1, 8, 8), batch_size=1, **label)
+    denoiser = random_denoiser(label_dim=classes).with_form(form)
+    randomise(denoiser)
+    prior = NetworkPrior(denoiser, (1, 8, 8), batch_size=1, **label)
     model = onnx_model(gradient_graph(in_precision(prior, precision)), prior.image_shape)
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

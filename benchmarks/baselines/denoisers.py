@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alpenglow.networks.denoiser import energy
 from alpenglow.priors.network import NetworkPrior
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -18,9 +19,8 @@ def denoiser_of(prior: NetworkPrior) -> Denoiser:
         differentiable = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
             leaf = x if differentiable else x.detach().requires_grad_()
-            psi = prior.denoiser(leaf, sigma, prior.one_hot(len(x)))
-            energy = 0.5 * (leaf - psi).square().sum()
-            (grad,) = torch.autograd.grad(energy, leaf, create_graph=differentiable)
+            total = energy(prior.denoiser, leaf, sigma, prior.one_hot(len(x))).sum()
+            (grad,) = torch.autograd.grad(total, leaf, create_graph=differentiable)
         return leaf - grad if differentiable else x - grad
 
     return denoise

@@ -17,8 +17,8 @@ _CARD = """\
 # {name}
 
 An energy prior for {shape}, for posterior sampling with `alpenglow`:
-E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2, whose gradient G makes x - G the MMSE denoiser, so that the score
-of p_sigma is -G / sigma^2. psi is a {backbone} with EDM preconditioning{parameters}, distilled from
+{energy}, whose gradient G makes x - G the MMSE denoiser, so that the score
+of p_sigma is -G / sigma^2. {network} a {backbone} with EDM preconditioning{parameters}, distilled from
 {teacher}. Units: {units}.
 
 ```python
@@ -108,10 +108,16 @@ def write_card(
     trained = isinstance(recipe.teacher, StageConfig)
     shape = tuple(report.images.shape[1:])
     write_pictures(path.parent, recipe.name, report)
+    energies = {
+        "alps": "E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2",
+        "product": "E(x, sigma) = 0.5 <x - a(x, sigma), x - psi(x, sigma)>",
+    }
     given = "matches G to x - D_teacher(x, sigma) with the weight 1 / sigma^2 + 1 / sigma_data^2."
     card = _CARD.format(
         name=recipe.name,
         shape=_kind(shape),
+        energy=energies[recipe.form],
+        network="psi is" if recipe.form == "alps" else "psi and a are two heads of",
         backbone=recipe.backbone,
         parameters=f" and {parameters:,} parameters" if parameters else "",
         teacher="a diffusion teacher that was trained on the same images" if trained else "a given teacher",

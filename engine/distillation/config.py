@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from alpenglow.networks.denoiser import EnergyForm
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,6 +103,9 @@ class Recipe(_Strict):
     network: dict[str, Any] = Field({}, description="arguments of the backbone; a teacher brings its own")
     sigma_data: PositiveFloat = 0.5
     patch: PositiveInt = 1
+    form: EnergyForm = Field(
+        "product", description="of the energy, see alpenglow.networks.denoiser.EnergyForm"
+    )
     sigma: SigmaLaw = SigmaLaw()
     teacher: StageConfig | Teacher
     energy: StageConfig

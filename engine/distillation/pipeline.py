@@ -1,6 +1,5 @@
 """`alpenglow distill`: images -> teacher -> energy prior -> files and model card, each stage resumable."""
 
-import copy
 import hashlib
 import json
 import shlex
@@ -49,7 +48,9 @@ def distill(
     """
     folder, processes = Path(folder), processes or Processes.launched()
     source = source or open_source(recipe.data)
-    shared = recipe.model_dump(mode="json", exclude={"name", "teacher", "energy"}, exclude_defaults=True)
+    shared = recipe.model_dump(
+        mode="json", exclude={"name", "teacher", "energy", "form"}, exclude_defaults=True
+    )
     torch.manual_seed(recipe.seed)
     # Refuses now the batch size that would otherwise be refused after the teacher's training.
     Batches(source, recipe, recipe.energy, seed=0, count=processes.count)
@@ -78,9 +79,9 @@ def distill(
     if isinstance(teacher, nn.Module):
         teacher = teacher.to(processes.device).requires_grad_(False).eval()
     energy = _train(
-        "energy", copy.deepcopy(student), recipe, recipe.energy, source, folder,
-        objective=_energy_objective(teacher), seed=recipe.seed + 1, origin=shared | origin,
-        workers=workers, processes=processes,
+        "energy", student.with_form(recipe.form), recipe, recipe.energy, source, folder,
+        objective=_energy_objective(teacher), seed=recipe.seed + 1,
+        origin=shared | origin | {"form": recipe.form}, workers=workers, processes=processes,
     )  # fmt: skip
     return teacher, energy
 

@@ -1,7 +1,8 @@
 """EDM preconditioning around a network, as a denoiser and as an energy (DESIGN 1)."""
 
+import copy
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 from alpenglow.networks.song_unet import SongUNet
 
 BACKBONES: dict[str, type[nn.Module]] = {"SongUNet": SongUNet}
+
+EnergyForm = Literal["alps", "product"]
+"""How a network makes an energy, with eps = x - psi(x, sigma).
+
+alps: E = 0.5 ||eps||^2 (arXiv 2601.02594). Its MMSE denoiser is psi + J_psi^T eps, so that the psi of a
+teacher has much to unlearn. product: E = 0.5 <x - a, eps>, with a(x, sigma) a second head of the network.
+Where a = psi that is alps; where a = 0, the energy of Regularization by Denoising (Romano, Elad and Milanfar
+2017, arXiv 1611.02862), whose MMSE denoiser is psi itself if psi is its own Jacobian, a symmetric one, times
+x, as the exact denoiser of a Gaussian of mean zero is.
+"""
+HEADS: dict[str, int] = {"alps": 1, "product": 2}
 
 
 class Coefficients(NamedTuple):
@@ -29,19 +41,26 @@ class EDMDenoiser(nn.Module):
     patch x patch blocks of pixels as channels: four times the speed at patch 2 for small networks.
     """
 
-    def __init__(self, model: nn.Module, *, sigma_data: float = 0.5, patch: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, sigma_data: float = 0.5, patch: int = 1, form: EnergyForm = "alps"
+    ) -> None:
         super().__init__()
+        if form not in HEADS:
+            raise ValueError(f"unknown form {form!r} of an energy; expected {' or '.join(HEADS)}")
         self.model = model
         self.sigma_data = sigma_data
         self.patch = patch
+        self.form: EnergyForm = form
+        """Of the energy that `energy` and `energy_and_grad` take from it; a plain denoiser is none."""
         self.config: dict[str, Any] | None = None
         """What `from_config` was given; None for a network built by hand, which cannot be saved."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EDMDenoiser":
-        """Build from {"backbone": name, "network": constructor arguments, "sigma_data": .., "patch": ..}.
+        """Build from {"backbone": name, "network": constructor arguments, "sigma_data": .., "patch": ..,
+        "form": ..}.
 
-        Raises ValueError for an unknown backbone or argument.
+        Raises ValueError for an unknown backbone, argument or form.
         """
         backbone = BACKBONES.get(config.get("backbone", ""))
         if backbone is None:
@@ -59,14 +78,41 @@ class EDMDenoiser(nn.Module):
         except (TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ValueError(f"network arguments do not fit {config['backbone']}: {error}") from error
         sigma_data, patch = float(config.get("sigma_data", 0.5)), int(config.get("patch", 1))
-        denoiser = cls(model, sigma_data=sigma_data, patch=patch)
+        form: EnergyForm = config.get("form", "alps")
+        takes, gives = arguments["in_channels"], arguments["out_channels"]
+        if form in HEADS and gives != takes * HEADS[form]:
+            raise ValueError(
+                f"network arguments do not fit: in_channels is {takes} and out_channels {gives}; an energy "
+                f"of form {form!r} expects {takes * HEADS[form]}"
+            )
+        denoiser = cls(model, sigma_data=sigma_data, patch=patch, form=form)
         denoiser.config = {
             "backbone": config["backbone"],
             "network": dict(config["network"]),
             "sigma_data": sigma_data,
             "patch": patch,
+            "form": form,
         }
         return denoiser
+
+    def with_form(self, form: EnergyForm) -> "EDMDenoiser":
+        """A copy for energies of that form. A second head that it gains is zero: a(x, sigma) = 0.
+
+        Raises ValueError for a network built by hand, which cannot be built anew.
+        """
+        if form == self.form:
+            return copy.deepcopy(self)
+        if self.config is None:
+            raise ValueError(f"this denoiser was built by hand; build it with from_config for form {form!r}")
+        network = self.config["network"]
+        network = network | {"out_channels": network["in_channels"] * HEADS[form]}
+        other = EDMDenoiser.from_config(self.config | {"network": network, "form": form})
+        other.to(next(self.parameters())).train(self.training)
+        weights = other.state_dict()
+        for key, mine in self.state_dict().items():
+            shared = min(len(mine), len(weights[key])) if mine.ndim else None
+            weights[key].zero_()[:shared] = mine[:shared]
+        return other
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         sigma = sigma.reshape(-1, 1, 1, 1)
@@ -87,7 +133,10 @@ class EDMDenoiser(nn.Module):
         *,
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """F at an already scaled input c_in x [B, C, H, W], in `compute_dtype` (None: that of the input)."""
+        """F at an already scaled input c_in x [B, C, H, W], in `compute_dtype` (None: that of the input).
+
+        [B, heads C, H, W]: of form "product", H with a = sigma_data H stands behind F.
+        """
         label = sigma.reshape(-1).log() / 4
         options = {"compute_dtype": compute_dtype}
         if self.patch == 1:
@@ -112,7 +161,20 @@ class EDMDenoiser(nn.Module):
         """
         c = self.coefficients(sigma)
         output = self.raw(c.c_in * x, sigma, class_label, augmentation, compute_dtype=compute_dtype)
-        return c.c_skip * x + c.c_out * output.to(x.dtype)
+        return c.c_skip * x + c.c_out * output[:, : x.shape[1]].to(x.dtype)
+
+    def factors(self, x: Tensor, output: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+        """x - a and eps = x - psi of E = 0.5 <x - a, eps>, from what `raw` gave; of form "alps" eps twice."""
+        heads = output.to(x.dtype)
+        eps = c.residual * x - c.c_out * heads[:, : x.shape[1]]
+        return (eps if self.form == "alps" else x - self.sigma_data * heads[:, x.shape[1] :]), eps
+
+
+def energy(denoiser: EDMDenoiser, x: Tensor, sigma: Tensor, class_label: Tensor | None = None) -> Tensor:
+    """E [B] alone, a function of x that can be differentiated as often as wanted; see energy_and_grad."""
+    c = denoiser.coefficients(sigma)
+    factor, eps = denoiser.factors(x, denoiser.raw(c.c_in * x, sigma, class_label), c)
+    return 0.5 * (factor * eps).flatten(1).sum(1)
 
 
 def energy_and_grad(
@@ -124,30 +186,38 @@ def energy_and_grad(
     create_graph: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """E = 0.5 ||x - psi||^2 [B] and G = (x - psi) - J_psi^T (x - psi) [B, C, H, W] (DESIGN 1).
+    """E [B] and its gradient G [B, C, H, W], of the denoiser's form (EnergyForm; DESIGN 1).
 
-    x [B, C, H, W] and sigma [B] share the dtype of the results. Written as eps = a x - c_out F(c_in x),
-    G = a eps - c_in c_out J_F^T eps, which does not cancel at small sigma. `create_graph` keeps the graph
-    for a loss on G (distillation). `compute_dtype` float16 or bfloat16 runs F alone in half precision.
+    alps: G = J_eps^T eps; product: G = 0.5 (J_{x - a}^T eps + J_eps^T (x - a)). x [B, C, H, W] and sigma [B]
+    share the dtype of the results. Written with eps = r x - c_out F(c_in x), r = 1 - c_skip, and
+    a = sigma_data H(c_in x): one vector-Jacobian product of the network, without cancellation at small sigma.
+    `create_graph` keeps the graph for a loss on G (distillation). `compute_dtype` float16 or bfloat16 runs
+    the network alone in half precision.
     """
     # Autograd is off in a caller's inference_mode, and enable_grad does not bring it back.
     with torch.inference_mode(False), torch.enable_grad():
         c = denoiser.coefficients(sigma)
         scaled = (c.c_in * x).detach().requires_grad_()
         output = denoiser.raw(scaled, sigma, class_label, compute_dtype=compute_dtype)
-        eps = c.residual * x - c.c_out * output.to(x.dtype)
-        # eps enters the vector-Jacobian product as a cotangent; a loss on G differentiates it too.
-        cotangent = eps if create_graph else eps.detach()
+        factor, eps = denoiser.factors(x, output, c)
+        value = 0.5 * (factor * eps).flatten(1).sum(1)
+        # dE/dx where the network's output is held, and -dE/doutput; a loss on G differentiates both.
+        if denoiser.form == "alps":
+            direct, cotangent = c.residual * eps, c.c_out * eps
+        else:
+            direct = 0.5 * (eps + c.residual * factor)
+            cotangent = 0.5 * torch.cat([c.c_out * factor, denoiser.sigma_data * eps], dim=1)
+        if not create_graph:
+            cotangent = cotangent.detach()
         half = output.dtype != x.dtype
         if half:
-            # eps falls with sigma to where half precision has no digits left; J_F^T is linear in it.
+            # It falls with sigma to where half precision has no digits left; J_F^T is linear in it.
             size = cotangent.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
             cotangent = cotangent / size
         (pulled,) = torch.autograd.grad(output, scaled, cotangent.to(output.dtype), create_graph=create_graph)
         if half:
             pulled = pulled * size
-        grad = c.residual * eps - c.c_in * c.c_out * pulled
-        energy = 0.5 * eps.square().flatten(1).sum(1)
+        grad = direct - c.c_in * pulled
     if not create_graph:
-        energy, grad = energy.detach(), grad.detach()
-    return energy, grad
+        value, grad = value.detach(), grad.detach()
+    return value, grad

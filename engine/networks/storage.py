@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from alpenglow.io.files import atomic_path
-from alpenglow.networks.denoiser import EDMDenoiser
+from alpenglow.networks.denoiser import EDMDenoiser, EnergyForm
 
 HEADER = "alpenglow"
 SCHEMA: Literal[1] = 1
@@ -37,6 +37,7 @@ class DenoiserConfig(_Strict):
     network: dict[str, Any]
     sigma_data: PositiveFloat = 0.5
     patch: PositiveInt = 1
+    form: EnergyForm = "alps"
 
 
 class Metadata(_Strict):

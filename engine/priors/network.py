@@ -27,7 +27,7 @@ UNMEASURED_ERROR = 0.2
 
 
 class NetworkPrior(BatchedPrior):
-    """Energy prior E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2 with psi an EDMDenoiser (DESIGN 1).
+    """Energy prior of an EDMDenoiser: 0.5 ||x - psi||^2 or 0.5 <x - a, x - psi>, by its `form` (DESIGN 1).
 
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
     are in the prior's units; `sigma_range` is the span of levels it was trained for. `gradient_error`: the
