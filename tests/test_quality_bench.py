@@ -193,6 +193,8 @@ def test_a_teacher_is_used_where_one_is(folder: Path) -> None:
     assert text == "the teacher, small-teacher.safetensors"
     assert other != digest
     torch.testing.assert_close(taught.denoiser(x, sigma), taught.prior.denoiser(x, sigma))
+    _, text, _ = load_networks("photo-64", None, 16, None)
+    assert text == "the teacher, photo-64-teacher.safetensors"
     save_prior(folder / "colour.safetensors", channels=3)
     with pytest.raises(ValueError, match="image_shape"):
         load_networks(prior, folder / "colour.safetensors", 16, None)

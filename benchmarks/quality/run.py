@@ -26,6 +26,8 @@ from benchmarks.quality.tuning import IMAGES, SAMPLES, Tuned, tune
 SEED = 0
 TUNING_SEED = 1000
 MOST_BATCH = 64
+TEACHERS = Path(__file__).parents[1] / "teachers"
+"""The teachers of the zoo, float16."""
 Progress = Callable[[float], None]
 
 
@@ -64,8 +66,8 @@ def run(
     """Measure what is missing of a prior's table, then write the page of all priors' tables; its path.
 
     prior: as for load_prior, weights only. rows, methods: names out of rows_for and METHODS (none: all).
-    teacher: the denoiser of the baselines (None: runs/<prior>/<prior>-teacher.safetensors where that is, else
-    the prior's own). data: the prior's recipe (None: that of the zoo). Writes output/quality/<prior>.json and
+    teacher: the denoiser of the baselines (None: <prior>-teacher.safetensors in runs/<prior> or, of the zoo, in
+    TEACHERS, else the prior's own). data: the prior's recipe (None: that of the zoo). Writes output/quality/<prior>.json and
     output/quality.md after every method of every row. Raises ValueError for options that cannot be, and for a
     file of results that was made with other settings.
     """
@@ -158,8 +160,9 @@ def load_networks(
     """The networks, what the baselines' denoiser is in words, and a digest of the weights; see `run`."""
     prior = load_prior(source, device=device, batch_size=min(samples, MOST_BATCH))
     single = prior.with_batch_size(1)
-    found = Path("runs") / prior.name / f"{prior.name}-teacher.safetensors"
-    teacher = found if teacher is None and found.is_file() else teacher
+    file = f"{prior.name}-teacher.safetensors"
+    kept = [path for path in (Path("runs") / prior.name / file, TEACHERS / file) if path.is_file()]
+    teacher = kept[0] if teacher is None and kept else teacher
     if teacher is None:
         return Networks(prior, single, denoiser_of(prior)), "the prior's own, x - G", _digest(prior.denoiser)
     network = load_denoiser(teacher, device=device)
