@@ -65,6 +65,7 @@ def export_bundle(
             units=prior.metadata.get("units", "[-1, 1]"),
             sigma_range=prior.sigma_range,
             gradient_error=prior.gradient_error,
+            noise_floor=prior.noise_floor,
             precision=precision,
             class_label=prior.class_label,
             model=MODEL,

@@ -51,6 +51,7 @@ class Manifest(_Strict):
     units: str
     sigma_range: tuple[PositiveFloat, PositiveFloat]
     gradient_error: NonNegativeFloat = UNMEASURED_ERROR
+    noise_floor: NonNegativeFloat = 0.0
     precision: Precision
     class_label: int | None
     model: str

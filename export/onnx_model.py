@@ -25,6 +25,7 @@ def in_precision(prior: NetworkPrior, precision: Precision) -> NetworkPrior:
         name=prior.name,
         sigma_range=prior.sigma_range,
         gradient_error=prior.gradient_error,
+        noise_floor=prior.noise_floor,
         metadata=prior.metadata,
         precision=precision,
         class_label=prior.class_label,

@@ -30,6 +30,7 @@ class RuntimePrior(BatchedPrior):
         self.image_shape = like.image_shape
         self.sigma_range = like.sigma_range
         self.gradient_error = like.gradient_error
+        self.noise_floor = like.noise_floor
         self.class_label = like.class_label
         self.dtype = dtype
         self.device = runtime.device

@@ -213,9 +213,10 @@ def test_check_prior_refuses(candidate: object, message: str) -> None:
 def test_save_and_load(prior: NetworkPrior, tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "small.safetensors"
     assert prior.gradient_error == UNMEASURED_ERROR
+    prior.noise_floor = 0.03
     prior.trusted((0.01, 50.0), 0.125).save(path, dtype=dtype)
     loaded = load_prior(path)
-    assert loaded.gradient_error == 0.125
+    assert (loaded.gradient_error, loaded.noise_floor) == (0.125, 0.03)
     assert (loaded.name, loaded.image_shape, loaded.sigma_range) == ("small", SHAPE, (0.01, 50.0))
     assert loaded.dtype == torch.float32
     x, sigma = images(3)

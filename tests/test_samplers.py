@@ -6,6 +6,7 @@ for 2 000, so that 5 and 95 % of pixels lie about 0.026 from 1 by chance alone.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -394,6 +395,32 @@ def test_resampling_follows_the_weights_of_modes() -> None:
     share = (labels[parents] == 1).double().mean().item()
     assert share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.01)
     assert torch.equal(mode_weights.resample(mode_weights.equal(100), 0.5), torch.arange(100))
+
+
+@pytest.mark.parametrize("gradient_error", [0.0, 0.2])
+def test_a_noise_floor_is_in_the_samples_again(gradient_error: float) -> None:
+    """Images of nothing but the floor f, half of their pixels seen: at the last level most of it is gone."""
+    floor, noise_std, count = 0.05, 0.1, 2000
+    shape = (1, 4, 4)
+    prior = ag.priors.GaussianPrior(torch.zeros(shape), floor**2 * torch.eye(16))
+    operator = ag.operators.Inpainting(torch.arange(16).reshape(4, 4) % 2 == 0)
+    run = partial(
+        ag.sample, prior, operator, noise_std=noise_std, num_samples=count, nfe=60, sigma_min=0.1,
+        gradient_error=gradient_error,
+    )  # fmt: skip
+    y = torch.zeros(shape)[None]
+    exact = torch.where(operator.mask, (1 / floor**2 + 1 / noise_std**2) ** -0.5, floor)
+    ratios = []
+    for f in (0.0, floor):
+        std = run(y, noise_floor=f).samples.std(0)
+        seen = torch.broadcast_to(operator.mask, shape)
+        squares = (std / exact).square()
+        ratios.append([squares[seen].mean().sqrt().item(), squares[~seen].mean().sqrt().item()])
+    # Standard error of a std of N = 8 x 2000 numbers: 1 / sqrt(2 N) = 0.006.
+    assert ratios[1][1] == pytest.approx(1, abs=0.02)
+    # Of what is measured as well as the last noise, the worst case, the moments of the step say 1.118.
+    assert 0.98 < ratios[1][0] < 1.14
+    assert ratios[0][1] < 0.5
 
 
 def test_map_of_a_gaussian_is_its_mean_and_the_objective_falls() -> None:

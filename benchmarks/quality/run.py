@@ -66,10 +66,10 @@ def run(
     """Measure what is missing of a prior's table, then write the page of all priors' tables; its path.
 
     prior: as for load_prior, weights only. rows, methods: names out of rows_for and METHODS (none: all).
-    teacher: the denoiser of the baselines (None: <prior>-teacher.safetensors in runs/<prior> or, of the zoo, in
-    TEACHERS, else the prior's own). data: the prior's recipe (None: that of the zoo). Writes output/quality/<prior>.json and
-    output/quality.md after every method of every row. Raises ValueError for options that cannot be, and for a
-    file of results that was made with other settings.
+    teacher: the denoiser of the baselines (None: <prior>-teacher.safetensors in runs/<prior> or in TEACHERS,
+    else the prior's own). data: the prior's recipe (None: that of the zoo). Writes
+    output/quality/<prior>.json and output/quality.md after every method of every row. Raises ValueError for
+    options that cannot be, and for a file of results that was made with other settings.
     """
     for name, value, least in (
         ("images", images, 1),

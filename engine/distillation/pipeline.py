@@ -179,7 +179,9 @@ def run(recipe_path: str | Path, folder: str | Path, *, workers: int = 0) -> Non
     # Below the noise floor of its images a prior knows nothing but the floor.
     trained = (max(LOWEST_LEVEL, recipe.sigma.low, floor), recipe.sigma.high)
 
-    save = partial(save_denoiser, name=recipe.name, image_shape=source.image_shape, units=recipe.units)
+    save = partial(
+        save_denoiser, name=recipe.name, image_shape=source.image_shape, units=recipe.units, noise_floor=floor
+    )
     weights = folder / f"{recipe.name}.safetensors"
     save(weights, energy, sigma_range=trained)
     if isinstance(recipe.teacher, StageConfig):

@@ -51,6 +51,8 @@ class Metadata(_Strict):
     sigma_range: tuple[PositiveFloat, PositiveFloat]
     gradient_error: NonNegativeFloat | None = None
     """Largest relative error of an energy's gradient in sigma_range, beside its teacher's; None: unknown."""
+    noise_floor: NonNegativeFloat = 0.0
+    """Standard deviation of the white noise that the training images were given, in `units`."""
     units: str = "[-1, 1]"
     """What the values of an image mean."""
     extra: dict[str, Any] = {}
@@ -65,6 +67,7 @@ def save_denoiser(
     kind: Kind = "energy",
     sigma_range: tuple[float, float] = (0.01, 80.0),
     gradient_error: float | None = None,
+    noise_floor: float = 0.0,
     units: str = "[-1, 1]",
     extra: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
@@ -93,6 +96,7 @@ def save_denoiser(
                 "denoiser": denoiser.config,
                 "sigma_range": sigma_range,
                 "gradient_error": gradient_error,
+                "noise_floor": noise_floor,
                 "units": units,
                 "extra": extra or {},
             }

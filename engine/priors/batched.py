@@ -15,13 +15,14 @@ class BatchedPrior:
     `batch_size` images, the last batch padded with copies.
 
     image_shape: (C, H, W). dtype and device: of what `run` takes. sigma_range: the levels it was trained for.
-    gradient_error: relative error of G.
+    gradient_error: relative error of G. noise_floor: std of the white noise that its images carry.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     sigma_range: tuple[float, float]
     gradient_error: float
+    noise_floor: float
     dtype: torch.dtype
     device: torch.device
     _batch_size: int | None = None

@@ -60,6 +60,7 @@ def load_prior(
         name=metadata.name,
         sigma_range=metadata.sigma_range,
         gradient_error=metadata.gradient_error,
+        noise_floor=metadata.noise_floor,
         metadata=metadata.model_dump(by_alias=True),
         batch_size=batch_size,
         precision=precision,

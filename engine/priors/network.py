@@ -32,6 +32,7 @@ class NetworkPrior(BatchedPrior):
     Takes over `denoiser`: freezes it, and puts it in evaluation mode. Images [B, C, H, W] of `image_shape`
     are in the prior's units; `sigma_range` is the span of levels it was trained for. `gradient_error`: the
     largest relative error of G there, which tells samplers how far to trust it; None, unknown, counts as 0.2.
+    `noise_floor`: std of the white noise that its training images were given, which samples have again.
     `precision` float16 and bfloat16 run the network F alone in half precision.
 
     `batch_size` images go through the network at once, see BatchedPrior. Another one, another machine or
@@ -51,6 +52,7 @@ class NetworkPrior(BatchedPrior):
         name: str = "network",
         sigma_range: tuple[float, float] = (0.01, 80.0),
         gradient_error: float | None = None,
+        noise_floor: float = 0.0,
         metadata: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
         precision: Precision | None = None,
@@ -72,6 +74,7 @@ class NetworkPrior(BatchedPrior):
         self.name = name
         self.sigma_range = (float(sigma_range[0]), float(sigma_range[1]))
         self.gradient_error = UNMEASURED_ERROR if gradient_error is None else float(gradient_error)
+        self.noise_floor = float(noise_floor)
         self.metadata = dict(metadata or {})
         self._batch_size = batch_size
         self.denoiser = denoiser.requires_grad_(False).eval()
@@ -148,6 +151,7 @@ class NetworkPrior(BatchedPrior):
             image_shape=self.image_shape,
             sigma_range=self.sigma_range,
             gradient_error=self.gradient_error,
+            noise_floor=self.noise_floor,
             units=self.metadata.get("units", "[-1, 1]"),
             extra=self.metadata.get("extra", {}),
             dtype=dtype,

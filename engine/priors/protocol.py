@@ -34,6 +34,11 @@ def gradient_error(prior: object) -> float:
     return getattr(prior, "gradient_error", 0.0)
 
 
+def noise_floor(prior: object) -> float:
+    """The std of the white noise that its images carry; 0 where it names none."""
+    return getattr(prior, "noise_floor", 0.0)
+
+
 def place_prior(prior: Any, device: torch.device) -> Any:
     """The prior on a device. Raises ValueError where it is on another one and cannot be moved."""
     if callable(getattr(prior, "to", None)):

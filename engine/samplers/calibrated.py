@@ -49,7 +49,8 @@ class CalibratedOptions:
     0.01). step_size: h of the kinetic step. memory_limit: the largest share of momentum kept in a step (0:
     Leimkuhler-Matthews). gradient_error: relative error of the prior's G at sigma_min (default: the prior's
     own); unless it is 0 chains come down by moment matching, keep no momentum, and h follows from it (see
-    `cautious_step`).
+    `cautious_step`). noise_floor: std of the white noise that the prior's images carry (default: what the
+    prior says), see kinetic.finish.
     """
 
     nfe: int = 100
@@ -60,6 +61,7 @@ class CalibratedOptions:
     step_size: float = 1.5
     memory_limit: float = kinetic.LARGEST_MEMORY
     gradient_error: float = 0.0
+    noise_floor: float = 0.0
 
     @property
     def by_moments(self) -> bool:
@@ -173,11 +175,12 @@ def anneal(
     pace: Callable[[float, float], Pace],
     weigh: bool,
     start: kinetic.KineticState | None = None,
+    noise_floor: float = 0.0,
 ) -> Chains[Path]:
     """Run the chains of `noise` down `levels`, one kinetic step each, and remove the last noise.
 
-    pace: from a level to the following one. start: the chains at levels[0] (None: from nothing). Raises
-    nothing: chains that diverge are held, and marked.
+    pace: from a level to the following one. start: the chains at levels[0] (None: from nothing).
+    noise_floor: see kinetic.finish. Raises nothing: chains that diverge are held, and marked.
     """
     count = len(noise.chain_ids)
     state = kinetic.init(problem, noise, levels[0]) if start is None else start
@@ -213,7 +216,7 @@ def anneal(
             energy = energy[parents]
             weights = replace(weights, labels=weights.labels[parents.cpu()])
             resamplings += 1
-    x = kinetic.finish(problem, state, grad)
+    x = kinetic.finish(problem, state, grad, noise, noise_floor=noise_floor)
     return Path(x, energy, ancestors, state.diverged, weights, resamplings)
 
 
@@ -290,7 +293,12 @@ def _run(problem: Problem, noise: Noise, plan: CalibratedPlan, *, weigh: bool, c
         steps = len(levels)
         x = moment_matching.hold(problem, noise.at(steps, problem.dtype), x, levels[-1])
         start = replace(kinetic.init_at(problem, noise, x, levels[-1], steps), diverged=diverged)
-    return (yield from anneal(problem, noise, plan.annealed, pace=pace, weigh=weigh, start=start))
+    return (
+        yield from anneal(
+            problem, noise, plan.annealed, pace=pace, weigh=weigh, start=start,
+            noise_floor=plan.options.noise_floor,
+        )
+    )  # fmt: skip
 
 
 def chains(problem: Problem, noise: Noise, plan: CalibratedPlan) -> Chains[Population]:

@@ -152,7 +152,17 @@ def baoab(step_size: float, memory: float, *, momentum_scale: float, first: bool
     )
 
 
-def finish(problem: Problem, state: KineticState, grad: Tensor) -> Tensor:
-    """Images without the last level's noise, x + P (D(x) - x) / sigma^2; grad: G at state.x, state.sigma."""
+def finish(
+    problem: Problem, state: KineticState, grad: Tensor, noise: Noise, *, noise_floor: float = 0.0
+) -> Tensor:
+    """Images without the last level's noise, x + P (D(x) + w - x) / sigma^2; grad: G at state.x, state.sigma.
+
+    Of images that carry white noise f (`noise_floor`), no denoiser tells that from sigma: D keeps the share
+    f^2 / (f^2 + sigma^2) of both, and leaves out a variance of f^2 sigma^2 / (f^2 + sigma^2) at least, since
+    the Jacobian of D is no less than that share. w, white, puts it back.
+    """
     level = levels_of(state.sigma, len(grad), grad)
+    if noise_floor:
+        std = noise_floor * state.sigma / math.hypot(noise_floor, state.sigma)
+        grad = grad - std * noise.at(state.iteration + 1, grad.dtype)(problem.image_shape)
     return state.x - problem.free(grad, level)

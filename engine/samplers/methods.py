@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from alpenglow.priors.protocol import gradient_error, sigma_range
+from alpenglow.priors.protocol import gradient_error, noise_floor, sigma_range
 from alpenglow.samplers import alps, calibrated, metropolis
 from alpenglow.samplers.chains import Chains, Population
 from alpenglow.samplers.problem import Noise, Problem
@@ -66,6 +66,7 @@ def options_of(method: str, given: dict[str, Any], prior: Any) -> Any:
         known = {
             "sigma_range": (min(smallest, high), min(largest, high)),
             "gradient_error": gradient_error(prior),
+            "noise_floor": noise_floor(prior),
         }
         options = known | options
     chosen = kind(**options)
@@ -89,7 +90,7 @@ def check_numbers(what: str, options: Any) -> None:
         elif option.type in (int, "int"):
             good = type(value) is int and value >= 1
         elif option.type in (float, "float"):
-            zero = name in ("memory", "memory_limit", "gradient_error")
+            zero = name in ("memory", "memory_limit", "gradient_error", "noise_floor")
             good = (
                 isinstance(value, int | float)
                 and math.isfinite(value)

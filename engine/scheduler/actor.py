@@ -11,7 +11,7 @@ import torch
 
 from alpenglow.loading import load_prior
 from alpenglow.priors.loading import as_device
-from alpenglow.priors.protocol import check_prior, gradient_error, place_prior, sigma_range
+from alpenglow.priors.protocol import check_prior, gradient_error, noise_floor, place_prior, sigma_range
 from alpenglow.scheduler.devices import Worker, place
 from alpenglow.scheduler.errors import SamplingError, caused
 from alpenglow.scheduler.metrics import Metrics
@@ -64,6 +64,7 @@ class Actor:
             "name": getattr(found, "name", type(found).__name__),
             "sigma_range": sigma_range(found),
             "gradient_error": gradient_error(found),
+            "noise_floor": noise_floor(found),
         }
 
     async def run(self, ticket: int, name: str, sent: Sent, part: Part) -> Packed | SamplingError:

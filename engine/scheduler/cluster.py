@@ -60,6 +60,7 @@ class RemotePrior:
     image_shape: tuple[int, int, int]
     sigma_range: tuple[float, float]
     gradient_error: float
+    noise_floor: float
     device: str = "cpu"
 
     def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
