@@ -117,7 +117,7 @@ def moments(
         seen = problem.operator.normal(torch.ones_like(x[:1]))  # the diagonal of A^T A of a mask
         extra = 1 / (seen / problem.noise_std**2 + 1 / state.sigma**2)
     else:
-        x, extra = kinetic.finish(problem, state, grad), torch.zeros(())
+        x, extra = kinetic.finish(problem, state, grad, noise), torch.zeros(())
     nfe = spent / (repetitions * SAMPLES) + (0 if way.start else PILOT_NFE)
     return x.unflatten(0, (repetitions, SAMPLES)), extra, torch.tensor(nfe)
 
