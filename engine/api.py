@@ -51,11 +51,11 @@ def sample(
     chains, half of the device's by default; more chains than fit run one population after the other.
     progress: called with the share of work done, in [0, 1].
 
-    method "calibrated" (DESIGN 2; options nfe, weigh, sigma_min, step_size, memory_limit, gradient_error),
-    "alps" (as published; levels, steps, sigma_max, sigma_min, rho), and the exact references "mala" and
-    "kinetic-metropolis" (nfe, steps, sigma_max, sigma_min, memory, step_size). A chain's sample depends on
-    the seed and its number alone, to the last bit, unless the posterior has several modes and the chains
-    form one population (diagnostics["modes"] > 1; weigh=False keeps them apart).
+    method "calibrated" (DESIGN 2; options nfe, weigh, sigma_min, step_size, memory_limit, gradient_error,
+    noise_floor), "alps" (as published; levels, steps, sigma_max, sigma_min, rho), and the exact references
+    "mala" and "kinetic-metropolis" (nfe, steps, sigma_max, sigma_min, memory, step_size). A chain's sample
+    depends on the seed and its number alone, to the last bit, unless the posterior has several modes and the
+    chains form one population (diagnostics["modes"] > 1; weigh=False keeps them apart).
 
     For many requests at once see `alpenglow.Scheduler`. Raises ValueError on bad input, SamplingError, a
     RuntimeError, when chains diverge or the prior or the disk fails.
