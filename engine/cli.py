@@ -422,7 +422,8 @@ def bench_quality(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="Denoiser of DPS and DAPS (runs/NAME/NAME-teacher.safetensors, or the prior's own)."
+            help="Denoiser of DPS and DAPS (NAME-teacher.safetensors in runs/NAME or benchmarks/teachers, "
+            "or the prior's own)."
         ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Recipe (.yaml) of the images (that of the zoo).")] = None,

@@ -57,7 +57,7 @@ def pixel_step(
     [B, 4] (`philox.chain_counters`), or None for a step without noise.
 
     pulled and grad_weights [1 or B, 2] (a, b): `grad` is then eps, and G = a eps - b pulled; eps = x - psi,
-    pulled = J^T (x - psi), a = b = 1 is the plain form, NetworkPrior's is the one without cancellation.
+    pulled = J^T (x - psi), a = b = 1 is the plain form, without cancellation that of networks of form alps.
     accept [B] bool and previous (x, grad, u): where a chain's proposal x was not accepted, it goes on from
     `previous`, its momentum flipped; `previous` is overwritten with what each chain went on from.
     moments (mean, m2, count [1 or B]): running moments of the new x, updated in place; count includes it.

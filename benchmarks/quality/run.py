@@ -160,9 +160,10 @@ def load_networks(
     """The networks, what the baselines' denoiser is in words, and a digest of the weights; see `run`."""
     prior = load_prior(source, device=device, batch_size=min(samples, MOST_BATCH))
     single = prior.with_batch_size(1)
-    file = f"{prior.name}-teacher.safetensors"
-    kept = [path for path in (Path("runs") / prior.name / file, TEACHERS / file) if path.is_file()]
-    teacher = kept[0] if teacher is None and kept else teacher
+    if teacher is None:
+        file = f"{prior.name}-teacher.safetensors"
+        places = (Path("runs") / prior.name / file, TEACHERS / file)
+        teacher = next((path for path in places if path.is_file()), None)
     if teacher is None:
         return Networks(prior, single, denoiser_of(prior)), "the prior's own, x - G", _digest(prior.denoiser)
     network = load_denoiser(teacher, device=device)

@@ -13,6 +13,10 @@ from alpenglow.distillation.config import Recipe, StageConfig
 from alpenglow.distillation.evaluation import AVERAGED, PriorReport
 from alpenglow.io.files import atomic_path
 
+_ENERGIES = {
+    "alps": ("E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2", "psi is"),
+    "product": ("E(x, sigma) = 0.5 <x - a(x, sigma), x - psi(x, sigma)>", "psi and a are two heads of"),
+}
 _CARD = """\
 # {name}
 
@@ -107,17 +111,14 @@ def write_card(
     path = Path(path)
     trained = isinstance(recipe.teacher, StageConfig)
     shape = tuple(report.images.shape[1:])
+    energy, network = _ENERGIES[recipe.form]
     write_pictures(path.parent, recipe.name, report)
-    energies = {
-        "alps": "E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2",
-        "product": "E(x, sigma) = 0.5 <x - a(x, sigma), x - psi(x, sigma)>",
-    }
     given = "matches G to x - D_teacher(x, sigma) with the weight 1 / sigma^2 + 1 / sigma_data^2."
     card = _CARD.format(
         name=recipe.name,
         shape=_kind(shape),
-        energy=energies[recipe.form],
-        network="psi is" if recipe.form == "alps" else "psi and a are two heads of",
+        energy=energy,
+        network=network,
         backbone=recipe.backbone,
         parameters=f" and {parameters:,} parameters" if parameters else "",
         teacher="a diffusion teacher that was trained on the same images" if trained else "a given teacher",

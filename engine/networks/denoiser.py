@@ -79,13 +79,13 @@ class EDMDenoiser(nn.Module):
             raise ValueError(f"network arguments do not fit {config['backbone']}: {error}") from error
         sigma_data, patch = float(config.get("sigma_data", 0.5)), int(config.get("patch", 1))
         form: EnergyForm = config.get("form", "alps")
+        denoiser = cls(model, sigma_data=sigma_data, patch=patch, form=form)
         takes, gives = arguments["in_channels"], arguments["out_channels"]
-        if form in HEADS and gives != takes * HEADS[form]:
+        if gives != takes * HEADS[form]:
             raise ValueError(
                 f"network arguments do not fit: in_channels is {takes} and out_channels {gives}; an energy "
                 f"of form {form!r} expects {takes * HEADS[form]}"
             )
-        denoiser = cls(model, sigma_data=sigma_data, patch=patch, form=form)
         denoiser.config = {
             "backbone": config["backbone"],
             "network": dict(config["network"]),
@@ -110,8 +110,7 @@ class EDMDenoiser(nn.Module):
         other.to(next(self.parameters())).train(self.training)
         weights = other.state_dict()
         for key, mine in self.state_dict().items():
-            shared = min(len(mine), len(weights[key])) if mine.ndim else None
-            weights[key].zero_()[:shared] = mine[:shared]
+            weights[key].zero_()[: len(mine)] = mine[: len(weights[key])]
         return other
 
     def coefficients(self, sigma: Tensor) -> Coefficients:

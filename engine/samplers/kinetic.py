@@ -164,5 +164,5 @@ def finish(
     level = levels_of(state.sigma, len(grad), grad)
     if noise_floor:
         std = noise_floor * state.sigma / math.hypot(noise_floor, state.sigma)
-        grad = grad - std * noise.at(state.iteration + 1, grad.dtype)(problem.image_shape)
+        grad = grad - std * noise.at(state.iteration + 1, problem.dtype)(problem.image_shape)
     return state.x - problem.free(grad, level)
