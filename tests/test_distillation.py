@@ -76,7 +76,7 @@ def test_both_losses_fall(folder: Path) -> None:
         return (difference.mean() / difference.std() * math.sqrt(len(gains))).item()
 
     assert gain(lambda m, b: teacher_loss(m, b.clean, b.noisy, b.sigma), (untrained, teacher)) > 5
-    assert gain(lambda m, b: energy_loss(m, teacher, b.noisy, b.sigma), (teacher, energy)) > 5
+    assert gain(lambda m, b: energy_loss(m, teacher, b.clean, b.noisy, b.sigma), (teacher, energy)) > 5
     records = [json.loads(line) for line in (folder / "run/teacher.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [100, 120]
     assert records[1]["loss"] < records[0]["loss"]

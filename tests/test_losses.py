@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alpenglow.distillation.batches import image_generator
-from alpenglow.distillation.config import SigmaLaw
+from alpenglow.distillation.config import LossWeight, SigmaLaw
 from alpenglow.distillation.losses import draw_sigma, energy_loss, teacher_loss
 from alpenglow.networks.denoiser import EnergyForm
 from tests.tiny import random_denoiser
@@ -22,11 +22,12 @@ def images(*, seed: int = 0) -> tuple[Tensor, Tensor]:
     return clean, clean + SIGMA[:, None, None, None] * noise
 
 
+@pytest.mark.parametrize("weight", ["excess", "edm"])
 @pytest.mark.parametrize("form", ["alps", "product"])
 @pytest.mark.parametrize(
     "classes", [None, torch.eye(3, dtype=torch.float64)[[0, 1, 2, 1]]], ids=["", "classes"]
 )
-def test_losses_are_what_they_say(classes: Tensor | None, form: EnergyForm) -> None:
+def test_losses_are_what_they_say(classes: Tensor | None, form: EnergyForm, weight: LossWeight) -> None:
     """Both losses written out again from their definitions, by other means."""
     label_dim = 0 if classes is None else 3
     model = random_denoiser(label_dim=label_dim).double().with_form(form)
@@ -39,13 +40,23 @@ def test_losses_are_what_they_say(classes: Tensor | None, form: EnergyForm) -> N
         factor = x - 0.7 * model.raw(scaled, SIGMA, classes)[:, 1:]
     energy = 0.5 * (factor * eps).sum()
     (grad,) = torch.autograd.grad(energy, x)
-    weight = 1 / SIGMA**2 + 1 / 0.7**2
-    mismatch = (grad - x + teacher(x, SIGMA, classes)).square().mean((1, 2, 3))
-    got = energy_loss(model, teacher, noisy, SIGMA, classes=classes).item()
-    assert got == pytest.approx((weight * mismatch).mean().item(), rel=1e-9)
+    edm = 1 / SIGMA**2 + 1 / 0.7**2
+    denoised = teacher(x, SIGMA, classes)
+    mismatch = (grad - x + denoised).square().mean((1, 2, 3))
+    weights = edm if weight == "edm" else 1 / (denoised - clean).square().mean((1, 2, 3))
+    got = energy_loss(model, teacher, clean, noisy, SIGMA, weight=weight, classes=classes).item()
+    assert got == pytest.approx((weights * mismatch).mean().item(), rel=1e-9)
     error = (model(noisy, SIGMA, classes) - clean).square().mean((1, 2, 3))
     got = teacher_loss(model, clean, noisy, SIGMA, classes=classes).item()
-    assert got == pytest.approx((weight * error).mean().item(), rel=1e-9)
+    assert got == pytest.approx((edm * error).mean().item(), rel=1e-9)
+
+
+def test_an_image_that_the_teacher_knows_exactly_has_a_bounded_weight() -> None:
+    """A hundred times the teacher's own weight, and the loss stays finite."""
+    model, (clean, noisy) = random_denoiser().double(), images()
+    known = energy_loss(model, lambda *_: clean, clean, noisy, SIGMA)
+    usual = energy_loss(model, lambda *_: clean, clean, noisy, SIGMA, weight="edm")
+    assert known.item() == pytest.approx(100 * usual.item(), rel=1e-9)
 
 
 def test_the_loss_of_the_best_denoiser_is_known() -> None:
@@ -67,10 +78,10 @@ def test_the_loss_of_the_best_denoiser_is_known() -> None:
 def test_energy_loss_gradient_is_that_of_finite_differences() -> None:
     """In float64, along random directions of every parameter; needs the second derivative of the network."""
     model, teacher = random_denoiser().double(), random_denoiser(1).double().requires_grad_(False)
-    _, noisy = images()
+    clean, noisy = images()
 
     def loss() -> Tensor:
-        return energy_loss(model, teacher, noisy, SIGMA)
+        return energy_loss(model, teacher, clean, noisy, SIGMA)
 
     loss().backward()
     generator = torch.Generator().manual_seed(6)
@@ -92,14 +103,14 @@ def test_energy_loss_gradient_is_that_of_finite_differences() -> None:
 def test_a_teacher_is_asked_without_a_graph() -> None:
     """Any callable is one; its weights get no gradient, though they ask for it."""
     model, teacher = random_denoiser().double(), random_denoiser(1).double()
-    _, noisy = images()
+    clean, noisy = images()
     asked = []
 
     def denoiser(x: Tensor, sigma: Tensor, classes: Tensor | None) -> Tensor:
         asked.append(torch.is_grad_enabled())
         return teacher(x, sigma, classes)
 
-    energy_loss(model, denoiser, noisy, SIGMA).backward()
+    energy_loss(model, denoiser, clean, noisy, SIGMA).backward()
     assert asked == [False]
     assert all(parameter.grad is None for parameter in teacher.parameters())
 

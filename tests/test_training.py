@@ -171,7 +171,7 @@ def test_parts_and_checkpointing_keep_the_gradient(folder: Path, objective: str)
     def loss(model: EDMDenoiser, batch: Batch) -> Tensor:
         if objective == "teacher":
             return teacher_loss(model, batch.clean, batch.noisy, batch.sigma)
-        return energy_loss(model, teacher, batch.noisy, batch.sigma)
+        return energy_loss(model, teacher, batch.clean, batch.noisy, batch.sigma)
 
     expected, calls = gradients(loss, batch)
     assert len(expected) == len(list(random_denoiser().parameters()))
@@ -199,10 +199,10 @@ def test_half_precision_trains(folder: Path, precision: str) -> None:
         other = Batches(open_source(recipe.data), recipe, recipe.energy, seed=99)
         values = []
         for batch in (other[step] for step in range(5)):
-            arguments = batch.noisy, batch.sigma
+            arguments = batch.clean, batch.noisy, batch.sigma
             values.append(
                 [
-                    teacher_loss(teacher, batch.clean, *arguments).item(),
+                    teacher_loss(teacher, *arguments).item(),
                     energy_loss(teacher, teacher, *arguments).item(),
                     energy_loss(energy, teacher, *arguments).item(),
                 ]

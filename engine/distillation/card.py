@@ -17,6 +17,7 @@ _ENERGIES = {
     "alps": ("E(x, sigma) = 0.5 ||x - psi(x, sigma)||^2", "psi is"),
     "product": ("E(x, sigma) = 0.5 <x - a(x, sigma), x - psi(x, sigma)>", "psi and a are two heads of"),
 }
+_WEIGHTS = {"excess": "1 / ||D_teacher - x||^2", "edm": "1 / sigma^2 + 1 / sigma_data^2"}
 _CARD = """\
 # {name}
 
@@ -113,7 +114,7 @@ def write_card(
     shape = tuple(report.images.shape[1:])
     energy, network = _ENERGIES[recipe.form]
     write_pictures(path.parent, recipe.name, report)
-    given = "matches G to x - D_teacher(x, sigma) with the weight 1 / sigma^2 + 1 / sigma_data^2."
+    given = f"matches G to x - D_teacher(x, sigma) with the weight {_WEIGHTS[recipe.weight]}."
     card = _CARD.format(
         name=recipe.name,
         shape=_kind(shape),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alpenglow.distillation.config import SigmaLaw
+from alpenglow.distillation.config import LossWeight, SigmaLaw
 from alpenglow.networks.denoiser import EDMDenoiser, energy_and_grad
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -47,21 +47,28 @@ def teacher_loss(
 def energy_loss(
     model: EDMDenoiser,
     teacher: Denoiser,
+    clean: Tensor,
     noisy: Tensor,
     sigma: Tensor,
     *,
+    weight: LossWeight = "excess",
     classes: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """||G(x_t, sigma) - (x_t - D_teacher(x_t, sigma))||^2 (1 / sigma^2 + 1 / sigma_data^2), a mean.
+    """w ||G(x_t, sigma) - (x_t - D_teacher(x_t, sigma))||^2, a mean over images and pixels.
 
-    Matches the energy's gradient to the teacher's noise estimate (ALPS, arXiv 2601.02594), over images and
-    pixels. The weight is the teacher's own, 1 / c_out^2: that of ALPS, 1 / sigma^2, below sigma_data; above,
-    where 1 / sigma^2 all but forgets the levels, an error of the denoiser counts alike at every level.
+    Matches the energy's gradient to the teacher's noise estimate (ALPS, arXiv 2601.02594); w is that of
+    `weight` (LossWeight). clean, noisy = x_t [B, C, H, W], sigma [B].
     """
     with torch.no_grad():
-        target = noisy - teacher(noisy, sigma, classes)
+        denoised = teacher(noisy, sigma, classes)
     _, grad = energy_and_grad(
         model, noisy, sigma, class_label=classes, create_graph=True, compute_dtype=compute_dtype
     )
-    return ((grad - target) / model.coefficients(sigma).c_out).square().mean()
+    error = (grad - (noisy - denoised)).square()
+    if weight == "edm":
+        return (error / model.coefficients(sigma).c_out.square()).mean()
+    own = (denoised - clean).square().mean((1, 2, 3))
+    # An image that the teacher knows to the last digit (a black crop) would outweigh all others.
+    own = own.clamp(min=0.01 * model.coefficients(sigma).c_out.square().flatten())
+    return (error.mean((1, 2, 3)) / own).mean()

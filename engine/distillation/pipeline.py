@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alpenglow.distillation.batches import Batch, Batches, stream
 from alpenglow.distillation.card import write_card
-from alpenglow.distillation.config import Recipe, StageConfig, Teacher, load_recipe
+from alpenglow.distillation.config import LossWeight, Recipe, StageConfig, Teacher, load_recipe
 from alpenglow.distillation.evaluation import report_prior
 from alpenglow.distillation.losses import Denoiser, energy_loss, teacher_loss
 from alpenglow.distillation.processes import Processes
@@ -49,7 +49,7 @@ def distill(
     folder, processes = Path(folder), processes or Processes.launched()
     source = source or open_source(recipe.data)
     shared = recipe.model_dump(
-        mode="json", exclude={"name", "teacher", "energy", "form"}, exclude_defaults=True
+        mode="json", exclude={"name", "teacher", "energy", "form", "weight"}, exclude_defaults=True
     )
     torch.manual_seed(recipe.seed)
     # Refuses now the batch size that would otherwise be refused after the teacher's training.
@@ -80,8 +80,9 @@ def distill(
         teacher = teacher.to(processes.device).requires_grad_(False).eval()
     energy = _train(
         "energy", student.with_form(recipe.form), recipe, recipe.energy, source, folder,
-        objective=_energy_objective(teacher), seed=recipe.seed + 1,
-        origin=shared | origin | {"form": recipe.form}, workers=workers, processes=processes,
+        objective=_energy_objective(teacher, recipe.weight), seed=recipe.seed + 1,
+        origin=shared | origin | {"form": recipe.form, "weight": recipe.weight},
+        workers=workers, processes=processes,
     )  # fmt: skip
     return teacher, energy
 
@@ -151,11 +152,14 @@ def _teacher_objective(model: EDMDenoiser, batch: Batch, compute_dtype: torch.dt
     )  # fmt: skip
 
 
-def _energy_objective(teacher: Denoiser) -> Callable[[EDMDenoiser, Batch, torch.dtype | None], Tensor]:
+def _energy_objective(
+    teacher: Denoiser, weight: LossWeight
+) -> Callable[[EDMDenoiser, Batch, torch.dtype | None], Tensor]:
     def objective(model: EDMDenoiser, batch: Batch, compute_dtype: torch.dtype | None) -> Tensor:
         return energy_loss(
-            model, teacher, batch.noisy, batch.sigma, classes=_classes(batch), compute_dtype=compute_dtype
-        )
+            model, teacher, batch.clean, batch.noisy, batch.sigma, weight=weight, classes=_classes(batch),
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
 
     return objective
 
