@@ -21,8 +21,8 @@ LossWeight = Literal["excess", "edm"]
 
 edm: 1 / sigma^2 + 1 / sigma_data^2, the teacher's own weight, 1 / c_out^2: that of ALPS, 1 / sigma^2, below
 sigma_data; above, where 1 / sigma^2 all but forgets the levels, an error counts alike at every level. excess:
-1 / ||D_teacher - x||^2 of each image, so that the loss is the part by which the energy's denoising error
-exceeds the teacher's at whatever level (0.047 of it are 0.2 dB of PSNR).
+1 / ||D_teacher - x||^2 of each image (a mean over pixels), so that the loss is the part by which the energy's
+denoising error exceeds the teacher's at whatever level: 0.047 of it are 0.2 dB of PSNR.
 """
 
 

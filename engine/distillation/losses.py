@@ -65,10 +65,10 @@ def energy_loss(
     _, grad = energy_and_grad(
         model, noisy, sigma, class_label=classes, create_graph=True, compute_dtype=compute_dtype
     )
-    error = (grad - (noisy - denoised)).square()
+    error = (grad - (noisy - denoised)).square().mean((1, 2, 3))
+    white = model.coefficients(sigma).c_out.square().flatten()
     if weight == "edm":
-        return (error / model.coefficients(sigma).c_out.square()).mean()
+        return (error / white).mean()
     own = (denoised - clean).square().mean((1, 2, 3))
     # An image that the teacher knows to the last digit (a black crop) would outweigh all others.
-    own = own.clamp(min=0.01 * model.coefficients(sigma).c_out.square().flatten())
-    return (error.mean((1, 2, 3)) / own).mean()
+    return (error / own.clamp(min=0.01 * white)).mean()
