@@ -26,6 +26,8 @@ from alpenglow.priors.network import PRECISIONS, check_fits
 
 # Below, sampling gains nothing (DESIGN 2), and the noise floor is all there is.
 LOWEST_LEVEL = 0.01
+# Fields of a recipe, beside `energy`, that the teacher's training does not depend on.
+ENERGY_FIELDS = {"form", "weight"}
 
 
 def distill(
@@ -49,7 +51,7 @@ def distill(
     folder, processes = Path(folder), processes or Processes.launched()
     source = source or open_source(recipe.data)
     shared = recipe.model_dump(
-        mode="json", exclude={"name", "teacher", "energy", "form", "weight"}, exclude_defaults=True
+        mode="json", exclude={"name", "teacher", "energy"} | ENERGY_FIELDS, exclude_defaults=True
     )
     torch.manual_seed(recipe.seed)
     # Refuses now the batch size that would otherwise be refused after the teacher's training.
@@ -81,7 +83,7 @@ def distill(
     energy = _train(
         "energy", student.with_form(recipe.form), recipe, recipe.energy, source, folder,
         objective=_energy_objective(teacher, recipe.weight), seed=recipe.seed + 1,
-        origin=shared | origin | {"form": recipe.form, "weight": recipe.weight},
+        origin=shared | origin | recipe.model_dump(mode="json", include=ENERGY_FIELDS),
         workers=workers, processes=processes,
     )  # fmt: skip
     return teacher, energy
