@@ -28,7 +28,7 @@ from alpenglow.priors.network import NetworkPrior
 from benchmarks.quality.estimates import Estimate, average, of_posterior, score
 from benchmarks.quality.methods import Stopwatch
 from benchmarks.quality.page import number
-from benchmarks.quality.results import machine, resume, write
+from benchmarks.quality.results import is_measured, machine, prior_digest, record, resume, write
 from benchmarks.quality.run import with_floor
 
 PRIOR, NOISE_FLOOR, SIZE = "brain-128", 0.01, 128
@@ -149,6 +149,8 @@ METHODS: dict[str, Callable[[Problem], Estimate]] = {
     # The published solver stops at residuals of 1e-3; at 1e-4 the levels up to 100 take three hours a 2D row.
     "alps, as published": _sampler("alps", tolerance=1e-3),
 }
+CLASSICAL = ("zero-filled SENSE", "L1-wavelet")
+"""The methods without a network."""
 
 
 def figures(estimate: Estimate, truth: Tensor) -> dict[str, float]:
@@ -179,18 +181,19 @@ def figures(estimate: Estimate, truth: Tensor) -> dict[str, float]:
 
 
 def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callable[[str], None]) -> Path:
-    """Measure what is missing, and write the page; returns its path."""
+    """Measure what is missing or was of another network, and write the page; returns its path."""
     path = output / "mri-quality.json"
     settings = {"images": images, "samples": samples, "prior": PRIOR, "noise_floor": NOISE_FLOOR}
     results = resume(path, {"settings": settings, "machine": machine(), "entries": []})
     truths = with_floor(brain().held_out(images), NOISE_FLOOR, 0)
     prior = ag.load_prior(PRIOR)
     assert isinstance(prior, NetworkPrior)
-    single = prior.with_batch_size(1)
+    single, ours = prior.with_batch_size(1), prior_digest(prior)
     for row in rows:
         operator = row.operator()
         for method, solve in METHODS.items():
-            if any(e["row"] == asdict(row) and e["method"] == method for e in results["entries"]):
+            network = None if method in CLASSICAL else ours
+            if is_measured(results, asdict(row), method, network):
                 continue
             each = []
             for index, truth in enumerate(truths):
@@ -198,7 +201,8 @@ def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callab
                 estimate = solve(Problem(row, operator, y, prior, single, samples, index))
                 each.append(figures(estimate, truth))
             mean = average(each)
-            results["entries"].append({"row": asdict(row), "method": method, "mean": mean, "images": each})
+            which = {"row": asdict(row), "method": method, "network": network}
+            record(results, which | {"mean": mean, "images": each})
             write(path, results)
             _write_page(output, results)
             log(f"{row.title}, {method}: {mean['psnr']:.2f} dB")

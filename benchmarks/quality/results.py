@@ -1,14 +1,21 @@
-"""Files of results that a run goes on from: JSON of settings and entries, written after every entry."""
+"""Files of results that a run goes on from: JSON of settings and entries, written after every entry.
 
+An entry's "network" is the digest of what its method ran on, so that a run with other weights measures it
+again, and only it; None of a method without a network.
+"""
+
+import hashlib
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from alpenglow._version import __version__
 from alpenglow.io.files import atomic_path
+from alpenglow.priors.network import NetworkPrior
 
 
 def machine() -> dict[str, Any]:
@@ -47,3 +54,35 @@ def write(path: Path, results: dict[str, Any]) -> None:
     """Write the file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def digest(network: nn.Module, *header: object) -> str:
+    """Of a network's weights, and what its file says besides them."""
+    found = hashlib.sha256(repr(header).encode())
+    for name, parameter in network.state_dict().items():
+        found.update(name.encode() + parameter.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def prior_digest(prior: NetworkPrior) -> str:
+    """Of all that the samples of an energy prior depend on."""
+    return digest(prior.denoiser, prior.sigma_range, prior.gradient_error, prior.noise_floor)
+
+
+def is_measured(results: dict[str, Any], row: Any, method: str, network: str | None) -> bool:
+    """Whether there is an entry of this row and method, on this network."""
+    found = _entry(results, row, method)
+    return found is not None and found.get("network") == network
+
+
+def record(results: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Add an entry, in place of the one of its row and method."""
+    found = _entry(results, entry["row"], entry["method"])
+    if found is None:
+        results["entries"].append(entry)
+    else:
+        results["entries"][results["entries"].index(found)] = entry
+
+
+def _entry(results: dict[str, Any], row: Any, method: str) -> dict[str, Any] | None:
+    return next((e for e in results["entries"] if (e["row"], e["method"]) == (row, method)), None)

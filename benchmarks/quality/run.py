@@ -1,6 +1,5 @@
 """Runs the comparison for one prior, and goes on where a run of the same settings stopped."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpenglow.distillation.config import load_recipe
 from alpenglow.distillation.sources import ImageSource, open_source
@@ -19,7 +18,7 @@ from benchmarks.baselines.denoisers import denoiser_of
 from benchmarks.quality import page
 from benchmarks.quality.estimates import average, score
 from benchmarks.quality.methods import BASELINES, METHODS, Networks, Task, Tuning
-from benchmarks.quality.results import machine, resume, write
+from benchmarks.quality.results import digest, is_measured, machine, prior_digest, record, resume, write
 from benchmarks.quality.rows import Row, rows_for
 from benchmarks.quality.tuning import IMAGES, SAMPLES, Tuned, tune
 
@@ -36,14 +35,13 @@ class Settings:
     """What a file of results was made with; results of other settings are not mixed with it.
 
     images: held out, each measured once a row; samples of each; baseline_nfe: network evaluations a sample
-    of DPS and DAPS (published: 1000). denoiser: what the baselines run on. networks: a digest of all weights.
+    of DPS and DAPS (published: 1000). denoiser: what the baselines run on.
     """
 
     images: int
     samples: int
     baseline_nfe: int
     denoiser: str
-    networks: str
     noise_floor: float
     seed: int = SEED
 
@@ -68,8 +66,9 @@ def run(
     prior: as for load_prior, weights only. rows, methods: names out of rows_for and METHODS (none: all).
     teacher: the denoiser of the baselines (None: <prior>-teacher.safetensors in runs/<prior> or in TEACHERS,
     else the prior's own). data: the prior's recipe (None: that of the zoo). Writes
-    output/quality/<prior>.json and output/quality.md after every method of every row. Raises ValueError for
-    options that cannot be, and for a file of results that was made with other settings.
+    output/quality/<prior>.json and output/quality.md after every method of every row; what another network
+    made is measured again. Raises ValueError for options that cannot be, and for a file of results that was
+    made with other settings.
     """
     for name, value, least in (
         ("images", images, 1),
@@ -78,7 +77,7 @@ def run(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}")
-    networks, denoiser, digest = load_networks(prior, teacher, samples, device)
+    networks, denoiser, digests = load_networks(prior, teacher, samples, device)
     source, floor = _source(networks.prior.name, data)
     shape = networks.prior.image_shape
     if source.image_shape != shape:
@@ -91,7 +90,7 @@ def run(
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     path = output / "quality" / f"{networks.prior.name}.json"
-    settings = Settings(images, samples, baseline_nfe, denoiser, digest, floor)
+    settings = Settings(images, samples, baseline_nfe, denoiser, floor)
     results = resume(
         path,
         {
@@ -115,7 +114,7 @@ def run(
     ]  # fmt: skip
     for done, (row, method) in enumerate(wanted):
         progress(done / len(wanted))
-        if any((entry["row"], entry["method"]) == (row.name, method) for entry in results["entries"]):
+        if is_measured(results, row.name, method, digests[method]):
             continue
         tuned = None
         if method in BASELINES:
@@ -125,7 +124,8 @@ def run(
         entry = _measure(
             networks, task, method, tuned, lambda share, done=done: progress((done + share) / len(wanted))
         )
-        results["entries"].append({"row": row.name, "title": row.title, "method": method, **entry})
+        which = {"row": row.name, "title": row.title, "method": method, "network": digests[method]}
+        record(results, which | entry)
         write(path, results)
         page.write(output)
         log(f"{row.name} {method}: PSNR {entry['mean']['psnr']:.2f} dB, NFE {entry['mean']['nfe']:.0f}")
@@ -156,8 +156,8 @@ def _measure(
 
 def load_networks(
     source: str, teacher: Path | None, samples: int, device: str | None
-) -> tuple[Networks, str, str]:
-    """The networks, what the baselines' denoiser is in words, and a digest of the weights; see `run`."""
+) -> tuple[Networks, str, dict[str, str]]:
+    """The networks, what the baselines' denoiser is in words, and each method's digest; see `run`."""
     prior = load_prior(source, device=device, batch_size=min(samples, MOST_BATCH))
     single = prior.with_batch_size(1)
     if teacher is None:
@@ -165,7 +165,8 @@ def load_networks(
         places = (Path("runs") / prior.name / file, TEACHERS / file)
         teacher = next((path for path in places if path.is_file()), None)
     if teacher is None:
-        return Networks(prior, single, denoiser_of(prior)), "the prior's own, x - G", _digest(prior.denoiser)
+        own = dict.fromkeys(METHODS, prior_digest(prior))
+        return Networks(prior, single, denoiser_of(prior)), "the prior's own, x - G", own
     network = load_denoiser(teacher, device=device)
     check_fits(network, prior.image_shape)
     label = prior.one_hot(1)
@@ -173,16 +174,9 @@ def load_networks(
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return network(x, sigma, None if label is None else label.expand(len(x), -1))
 
-    digest = _digest(prior.denoiser, network)
-    return Networks(prior, single, denoise), f"the teacher, {teacher.name}", digest
-
-
-def _digest(*networks: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, parameter in network.state_dict().items():
-            digest.update(name.encode() + parameter.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    taught, ours = digest(network), prior_digest(prior)
+    digests = {method: taught if method in BASELINES else ours for method in METHODS}
+    return Networks(prior, single, denoise), f"the teacher, {teacher.name}", digests
 
 
 def _source(prior: str, data: Path | None) -> tuple[ImageSource, float]:
