@@ -378,6 +378,14 @@ def test_images_that_do_not_fit(operator: LinearOperator, shape: Shape) -> None:
         operator.check_measurement(torch.zeros(1, 4, 4), shape)
 
 
+@pytest.mark.parametrize(("channels", "given"), [(2, 1), (2, 3), (1, 2)])
+def test_fourier_sampling_measures_only_its_own_images(channels: int, given: int) -> None:
+    """Three channels would be taken for one real and two imaginary parts."""
+    operator = FourierSampling(some_mask(4, 5), channels=channels)
+    with pytest.raises(ValueError, match=f"expects \\({channels}, 4, 5\\)"):
+        operator.forward(torch.zeros(2, given, 4, 5))
+
+
 @pytest.mark.parametrize(
     "build",
     [

@@ -63,6 +63,7 @@ class FourierSampling(DiagonalOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sampled k-space [B, 1, H, W], complex, of images [B, channels, H, W]."""
+        self.check_image((x.shape[1], x.shape[2], x.shape[3]))  # the FFT would take two real images as one
         image = torch.complex(x[:, :1], x[:, 1:] if self.channels == 2 else torch.zeros_like(x))
         centred = torch.fft.fftshift(multiply(fft2(image), self._ramp(x.dtype)), dim=(-2, -1))
         return centred * self.mask
