@@ -19,7 +19,7 @@ from alpenglow.operators import (
     SuperResolution,
 )
 from alpenglow.priors import GaussianMixturePrior, GaussianPrior, compose, smooth_covariance, stack
-from alpenglow.priors.protocol import Prior, check_prior
+from alpenglow.priors.protocol import Prior, check_prior, noise_floor
 
 Shape = tuple[int, int, int]
 F64 = torch.float64
@@ -568,9 +568,11 @@ class Ranged:
 
     image_shape = (1, 2, 2)
 
-    def __init__(self, low: float, high: float, device: str = "cpu", error: float = 0.0) -> None:
+    def __init__(
+        self, low: float, high: float, device: str = "cpu", error: float = 0.0, floor: float = 0.0
+    ) -> None:
         self.sigma_range, self.device = (low, high), torch.device(device)
-        self.gradient_error = error
+        self.gradient_error, self.noise_floor = error, floor
 
     def energy_and_grad(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return 0.5 * x.square().flatten(1).sum(1), x
@@ -592,6 +594,17 @@ def test_composed_priors_know_their_levels_error_and_device() -> None:
             join(Ranged(0.01, 0.1), Ranged(0.01, 0.1, device="meta"))
         with pytest.raises(ValueError, match="str is not a prior"):
             join(Ranged(0.01, 0.1), "fashion-28")
+
+
+def test_composed_priors_know_their_noise_floor() -> None:
+    """White noise of 0.1, and of 0.2 to the power 2, multiply to precision 100 + 2 * 25."""
+    first, second, exact = (Ranged(0.01, 10.0, floor=f) for f in (0.1, 0.2, 0.0))
+    floor = noise_floor(compose({first: 1.0, second: 2.0}))
+    assert floor == pytest.approx(150**-0.5)
+    assert noise_floor(compose({first: 0.5, Ranged(0.01, 10.0, floor=0.1): 0.5})) == pytest.approx(0.1)
+    assert noise_floor(stack([first, second])) == 0.1
+    for joined in (compose({first: 1.0, exact: 1.0}), stack([first, exact])):
+        assert noise_floor(joined) == 0.0
 
 
 class Movable(Ranged):

@@ -1,13 +1,21 @@
 """Products of experts: weighted sums of energies, and experts side by side over channels."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from alpenglow.priors.protocol import Prior, check_prior, gradient_error, place_prior, sigma_range
+from alpenglow.priors.protocol import (
+    Prior,
+    check_prior,
+    gradient_error,
+    noise_floor,
+    place_prior,
+    sigma_range,
+)
 
 
 class _Experts:
@@ -38,6 +46,11 @@ class _Sum(_Experts):
         super().__init__(list(experts))
         self.weights = tuple(experts.values())
         self.image_shape = self.experts[0].image_shape
+        # The floor of a product is that of a product of Gaussians: precisions add. One without leaves none.
+        floors = [noise_floor(prior) for prior in self.experts]
+        parts = zip(self.weights, floors, strict=True)
+        precision = sum(weight / floor**2 if floor else math.inf for weight, floor in parts)
+        self.noise_floor = precision**-0.5
 
     def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         parts = [prior.energy_and_grad(x, sigma) for prior in self.experts]
@@ -51,6 +64,8 @@ class _Stack(_Experts):
         super().__init__(experts)
         self.channels = [prior.image_shape[0] for prior in self.experts]
         self.image_shape = (sum(self.channels), *self.experts[0].image_shape[1:])
+        # One number for all channels: the smallest adds to no channel what its expert does not state.
+        self.noise_floor = min(map(noise_floor, experts))
 
     def energy_and_grad(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
