@@ -24,14 +24,13 @@ from torch import Tensor
 import alpenglow as ag
 from alpenglow.demo import held_out_images
 from alpenglow.io.files import atomic_path
-from alpenglow.jobs import simulate
+from alpenglow.jobs import simulate, with_floor
 from alpenglow.priors.mixture import GaussianMixturePrior
 from alpenglow.samplers import calibrated, kinetic
 from alpenglow.samplers.calibrated import CalibratedOptions, CalibratedPlan
 from alpenglow.samplers.chains import Chains, Evaluate, drive
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels, levels_of, rho_levels
 from benchmarks.beds import BEDS, Bed
-from benchmarks.quality.run import with_floor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,12 +14,12 @@ from torch import Tensor
 from alpenglow.api import find_map, sample
 from alpenglow.evaluation import evaluate
 from alpenglow.io.folders import atomic_folder
-from alpenglow.jobs import simulate
+from alpenglow.jobs import simulate, with_floor
 from alpenglow.operator_specs import random_mask
 from alpenglow.operators import Inpainting
 from alpenglow.plotting import plot_posteriors
 from alpenglow.posterior import Posterior
-from alpenglow.priors.protocol import Prior
+from alpenglow.priors.protocol import Prior, noise_floor
 
 HELD_OUT = "fashion-28-test.npz"
 KEEP, NOISE_STD = 0.5, 0.05
@@ -60,7 +60,8 @@ def run(
 ) -> list[Figures]:
     """Inpaint the first `count` held-out images; write demo.png and demo-<i>.h5 to `folder`, all or nothing.
 
-    Each pixel is hidden with probability 1/2, and the others have noise of std 0.05. map_prior: the same
+    They get the prior's noise floor, each pixel is hidden with probability 1/2, and the others have noise of
+    std 0.05. map_prior: the same
     prior, quick with one image at a time. images: [N, C, H, W] in [-1, 1] in place of the package's own.
     progress: called with the share of work done. Raises ValueError for images that the prior cannot take.
     """
@@ -80,7 +81,7 @@ def run(
 
     posteriors, measurements, figures = [], [], []
     with atomic_folder(folder) as place:
-        for i, truth in enumerate(images[:count]):
+        for i, truth in enumerate(with_floor(images[:count], noise_floor(prior), seed)):
             operator = Inpainting(random_mask(prior.image_shape, KEEP, seed + i))
             y = simulate(operator, truth, NOISE_STD, seed + i)
             began = time.perf_counter()

@@ -17,6 +17,7 @@ from alpenglow.operator_specs import OPERATORS, OperatorSpec, Shape, naming
 from alpenglow.operators.base import LinearOperator
 from alpenglow.priors.hub import PREFIX
 from alpenglow.priors.protocol import Prior
+from alpenglow.random_streams import random_stream
 from alpenglow.scheduler.request import DEFAULT_LIMIT, DEFAULT_SAMPLES
 
 ESPIRIT = "espirit"
@@ -153,8 +154,7 @@ def prepare(job: Job, *, batch_size: int | None = None) -> Task:
 
 def simulate(operator: LinearOperator, truth: Tensor, noise_std: float, seed: int) -> Tensor:
     """A measurement y = A x + n [*measurement_shape] of an image [C, H, W]; 0 where the mask is."""
-    exact = operator.forward(truth[None])[0]
-    generator = torch.Generator().manual_seed(seed)
+    exact, generator = operator.forward(truth[None])[0], random_stream(seed, "measurement")
     if exact.is_complex():
         noise = torch.view_as_complex(torch.randn(*exact.shape, 2, generator=generator))
     else:
@@ -162,6 +162,11 @@ def simulate(operator: LinearOperator, truth: Tensor, noise_std: float, seed: in
     y = exact + noise_std * noise
     mask = getattr(operator, "mask", None)
     return y if mask is None else y * mask
+
+
+def with_floor(images: Tensor, floor: float, seed: int) -> Tensor:
+    """Images [N, C, H, W] as a prior knows them, with the noise floor of its training data."""
+    return images + floor * torch.randn(images.shape, generator=random_stream(seed, "noise floor"))
 
 
 def read_truth(path: Path, image_shape: Shape) -> Tensor:

@@ -17,7 +17,6 @@ from alpenglow.samplers.chains import drive
 from alpenglow.samplers.methods import options_of
 from alpenglow.samplers.problem import Noise, Problem, geometric_levels
 from benchmarks.beds import gaussian, score, single_mode
-from benchmarks.quality.run import with_floor
 from tests.test_sense_mri import bed as sense_bed
 
 SIGMA = 0.4
@@ -232,7 +231,7 @@ def test_independent_chains_of_the_diffused_posterior_find_the_mode_that_the_mea
 def test_a_network_s_samples_are_nearer_to_the_truth_than_those_of_the_static_path() -> None:
     """Two fashion-28 images, 80 % of the pixels hidden: the static path, at the same cost, lags behind."""
     from alpenglow.demo import held_out_images
-    from alpenglow.jobs import simulate
+    from alpenglow.jobs import simulate, with_floor
     from alpenglow.operator_specs import random_mask
 
     prior = ag.load_prior("fashion-28", batch_size=32)

@@ -17,6 +17,17 @@ from alpenglow._version import __version__
 from alpenglow.io.files import atomic_path
 from alpenglow.priors.network import NetworkPrior
 
+MEASUREMENTS = 2
+"""Raised when the same settings come to mean other measurements, so that a file never holds both.
+
+1: noise, its floor and masks of one seed had the same random numbers, which spoilt real measurements; of
+k-space of several coils and noise floors the correlation is within its standard error.
+"""
+OLDER = (
+    "Measured with the random numbers of an earlier version, so a run of today makes other measurements, and "
+    "begins a file of its own."
+)
+
 
 def machine() -> dict[str, Any]:
     """What figures of cost depend on."""

@@ -11,14 +11,23 @@ from torch import Tensor
 
 from alpenglow.distillation.config import load_recipe
 from alpenglow.distillation.sources import ImageSource, open_source
-from alpenglow.jobs import simulate
+from alpenglow.jobs import simulate, with_floor
 from alpenglow.priors.loading import ZOO, load_denoiser, load_prior
 from alpenglow.priors.network import check_fits
 from benchmarks.baselines.denoisers import denoiser_of
 from benchmarks.quality import page
 from benchmarks.quality.estimates import average, score
 from benchmarks.quality.methods import BASELINES, METHODS, Networks, Task, Tuning
-from benchmarks.quality.results import digest, is_measured, machine, prior_digest, record, resume, write
+from benchmarks.quality.results import (
+    MEASUREMENTS,
+    digest,
+    is_measured,
+    machine,
+    prior_digest,
+    record,
+    resume,
+    write,
+)
 from benchmarks.quality.rows import Row, rows_for
 from benchmarks.quality.tuning import IMAGES, SAMPLES, Tuned, tune
 
@@ -44,6 +53,7 @@ class Settings:
     denoiser: str
     noise_floor: float
     seed: int = SEED
+    measurements: int = MEASUREMENTS
 
 
 def run(
@@ -131,11 +141,6 @@ def run(
         log(f"{row.name} {method}: PSNR {entry['mean']['psnr']:.2f} dB, NFE {entry['mean']['nfe']:.0f}")
     progress(1.0)
     return page.write(output)
-
-
-def with_floor(images: Tensor, floor: float, seed: int) -> Tensor:
-    """Images [M, C, H, W] as the prior knows them, with the noise floor of its training data."""
-    return images + floor * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _task(row: Row, truths: Tensor, samples: int, device: torch.device, seed: int) -> Task:

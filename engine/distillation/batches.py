@@ -6,7 +6,6 @@ So a resumed run sees what an unbroken one would have seen, and a run on many pr
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +14,7 @@ from alpenglow.distillation.augment import AUGMENT_DIM, augment
 from alpenglow.distillation.config import Recipe, StageConfig
 from alpenglow.distillation.losses import draw_sigma
 from alpenglow.distillation.sources import ImageSource
+from alpenglow.random_streams import random_stream
 
 
 class Batch(NamedTuple):
@@ -43,8 +43,7 @@ class Batch(NamedTuple):
 
 def image_generator(seed: int, step: int, index: int) -> torch.Generator:
     """The random numbers of image `index` of a training step."""
-    words = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> 1))
+    return random_stream(seed, step, index)
 
 
 class Batches(Dataset[Batch]):
