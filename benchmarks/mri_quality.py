@@ -28,16 +28,7 @@ from alpenglow.priors.network import NetworkPrior
 from benchmarks.quality.estimates import Estimate, average, of_posterior, score
 from benchmarks.quality.methods import Stopwatch
 from benchmarks.quality.page import number
-from benchmarks.quality.results import (
-    MEASUREMENTS,
-    OLDER,
-    is_measured,
-    machine,
-    prior_digest,
-    record,
-    resume,
-    write,
-)
+from benchmarks.quality.results import age, is_measured, prior_digest, record, resume, write
 
 PRIOR, NOISE_FLOOR, SIZE = "brain-128", 0.01, 128
 CALIBRATION = {"2x 1D": 0.08, "8x 1D": 0.05, "6x 2D": 0.1}  # shares of an axis
@@ -191,11 +182,8 @@ def figures(estimate: Estimate, truth: Tensor) -> dict[str, float]:
 def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callable[[str], None]) -> Path:
     """Measure what is missing or was of another network, and write the page; returns its path."""
     path = output / "mri-quality.json"
-    settings = {
-        "images": images, "samples": samples, "prior": PRIOR, "noise_floor": NOISE_FLOOR,
-        "measurements": MEASUREMENTS,
-    }  # fmt: skip
-    results = resume(path, {"settings": settings, "machine": machine(), "entries": []})
+    settings = {"images": images, "samples": samples, "prior": PRIOR, "noise_floor": NOISE_FLOOR}
+    results = resume(path, settings)
     truths = with_floor(brain().held_out(images), NOISE_FLOOR, 0)
     prior = ag.load_prior(PRIOR)
     assert isinstance(prior, NetworkPrior)
@@ -242,7 +230,7 @@ noise floor (0.01): {images}; samples of each: {samples}. Coil maps are known. P
 truth), SSIM and NRMSE are of the magnitude of the mean; coverage of the 90 % interval and the correlation
 of std with absolute error are of real and imaginary parts. L1-wavelet: sigpy, its weight tuned on a training
 slice for each row. Seconds are of one processor, and left out where a method was measured again on
-another.{older}
+another.{age}
 
 | | method | PSNR, dB | SSIM | NRMSE | coverage | correlation | NFE | seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -251,7 +239,7 @@ another.{older}
 
 def _write_page(output: Path, results: dict[str, Any]) -> Path:
     lines, last, methods = [], None, list(METHODS)
-    older = "" if results["settings"].get("measurements") == MEASUREMENTS else f" {OLDER}"
+    settings = results["settings"]
     found = [(Row(**entry["row"]), entry) for entry in results["entries"]]
     for row, entry in sorted(found, key=lambda each: (ROWS.index(each[0]), methods.index(each[1]["method"]))):
         mean = entry["mean"]
@@ -263,7 +251,7 @@ def _write_page(output: Path, results: dict[str, Any]) -> Path:
         last = row
     path = output / "mri-quality.md"
     with atomic_path(path) as temporary:
-        temporary.write_text(HEAD.format(**results["settings"], older=older) + "\n".join(lines) + "\n")
+        temporary.write_text(HEAD.format(**settings, age=age(settings)) + "\n".join(lines) + "\n")
     return path
 
 

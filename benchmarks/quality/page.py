@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alpenglow.io.files import atomic_path
-from benchmarks.quality.results import MEASUREMENTS, OLDER
+from benchmarks.quality.results import age
 
 NAMES = {
     "calibrated": "`calibrated`", "alps": "`alps`, as published", "map": "MAP",
@@ -63,8 +63,7 @@ def section(results: dict[str, Any]) -> str:
         f"{settings['images']} held-out image{'s' * (settings['images'] > 1)}, {settings['samples']} samples "
         f"of each; noise floor {settings['noise_floor']:g}. Denoiser of DPS and DAPS: "
         f"{settings['denoiser']}, at up to {settings['baseline_nfe']} NFE. Torch {machine['torch']} on "
-        f"{machine['processor']} with {machine['threads']} thread(s)."
-        f"{'' if settings.get('measurements') == MEASUREMENTS else ' ' + OLDER}",
+        f"{machine['processor']} with {machine['threads']} thread(s).{age(settings)}",
         "",
         "| | method | PSNR (dB) | sample | SSIM | coverage 50 % | coverage 90 % | width | NFE | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

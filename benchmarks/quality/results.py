@@ -23,10 +23,6 @@ MEASUREMENTS = 2
 1: noise, its floor and masks of one seed had the same random numbers, which spoilt real measurements; of
 k-space of several coils and noise floors the correlation is within its standard error.
 """
-OLDER = (
-    "Measured with the random numbers of an earlier version, so a run of today makes other measurements, and "
-    "begins a file of its own."
-)
 
 
 def machine() -> dict[str, Any]:
@@ -39,16 +35,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """What the file at `path` holds, `fresh` where there is none.
+def resume(path: Path, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What the file at `path` holds; where there is none, `more` and no entries, for these settings.
 
-    Raises ValueError for another file, and for one whose "settings" are not those of `fresh`.
+    Raises ValueError for another file, and for one of other settings or measurements.
     """
+    settings = settings | {"measurements": MEASUREMENTS}
     if not path.is_file():
-        return fresh
+        return more | {"settings": settings, "machine": machine(), "entries": []}
     try:
         found = json.loads(path.read_text())
-        other = {k: (v, found["settings"].get(k)) for k, v in fresh["settings"].items()}
+        other = {k: (v, found["settings"].get(k)) for k, v in settings.items()}
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no file of this benchmark ({error}); remove it") from None
     other = {name: pair for name, pair in other.items() if pair[0] != pair[1]}
@@ -59,6 +56,16 @@ def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             "remove it, or write elsewhere with -o"
         )
     return found
+
+
+def age(settings: dict[str, Any]) -> str:
+    """A sentence, after a space, for a page of measurements that are no longer made; else nothing."""
+    if settings.get("measurements") == MEASUREMENTS:
+        return ""
+    return (
+        " Measured with the random numbers of an earlier version, so a run of today makes other "
+        "measurements, and begins a file of its own."
+    )
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

@@ -18,16 +18,7 @@ from benchmarks.baselines.denoisers import denoiser_of
 from benchmarks.quality import page
 from benchmarks.quality.estimates import average, score
 from benchmarks.quality.methods import BASELINES, METHODS, Networks, Task, Tuning
-from benchmarks.quality.results import (
-    MEASUREMENTS,
-    digest,
-    is_measured,
-    machine,
-    prior_digest,
-    record,
-    resume,
-    write,
-)
+from benchmarks.quality.results import digest, is_measured, prior_digest, record, resume, write
 from benchmarks.quality.rows import Row, rows_for
 from benchmarks.quality.tuning import IMAGES, SAMPLES, Tuned, tune
 
@@ -53,7 +44,6 @@ class Settings:
     denoiser: str
     noise_floor: float
     seed: int = SEED
-    measurements: int = MEASUREMENTS
 
 
 def run(
@@ -101,16 +91,8 @@ def run(
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     path = output / "quality" / f"{networks.prior.name}.json"
     settings = Settings(images, samples, baseline_nfe, denoiser, floor)
-    results = resume(
-        path,
-        {
-            "prior": networks.prior.name,
-            "settings": asdict(settings),
-            "machine": machine(),
-            "tuning": {"images": IMAGES, "samples": SAMPLES},
-            "entries": [],
-        },
-    )
+    tuning = {"images": IMAGES, "samples": SAMPLES}
+    results = resume(path, asdict(settings), prior=networks.prior.name, tuning=tuning)
     truths = with_floor(source.held_out(images), floor, SEED)
     if len(truths) < images:
         raise ValueError(f"got images={images}; {len(truths)} are held out")
