@@ -85,12 +85,12 @@ def main() -> None:
     parser.add_argument("-n", "--num-samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the beds")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     jobs = [(bed, sampler, nfe) for bed in BEDS for sampler in SAMPLERS for nfe in BUDGETS]
     rows = []
     for bed, sampler, nfe in track(jobs, description="calibration"):
         found = measure(BEDS[bed](arguments.seed), SAMPLERS[sampler](nfe), arguments.num_samples)
         rows.append({"bed": bed, "sampler": sampler, **found})
-    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "calibration.json").write_text(json.dumps(rows, indent=1) + "\n")
     (arguments.output / "calibration-table.md").write_text(table(rows))
     plot(rows, arguments.output / "calibration.png")

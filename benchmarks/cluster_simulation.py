@@ -300,6 +300,7 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/cluster.png"))
     options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     with Cluster(1) as cluster:

@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
     parser.add_argument("--prior", default="fashion-28")
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     prior = ag.load_prior(options.prior)
     assert isinstance(prior, NetworkPrior)
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
@@ -154,7 +155,6 @@ def main() -> None:
 
         rows, found = throughput(prior, ag.load_prior(folder), done), curves(prior, done)
     facts = {"prior": prior.name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    options.output.mkdir(parents=True, exist_ok=True)
     record = json.dumps({"settings": facts, "throughput": rows, "curves": found}, indent=1)
     (options.output / "cost-curves.json").write_text(record + "\n")
     (options.output / "cost-curves.md").write_text(tables(rows, found))

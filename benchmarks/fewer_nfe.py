@@ -239,13 +239,13 @@ def main() -> None:
     parser.add_argument("--network", action="store_true")
     options = parser.parse_args()
     output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
     if options.network:
         lines = [f"| {row['nfe']:.0f} | {row['mean']:.3f} | {row['std']:.3f} |" for row in network_rows()]
         head = "| NFE of 64 chains | error of mean | of std |\n| --- | --- | --- |\n"
         (output / "fewer-nfe-network.md").write_text(head + "\n".join(lines) + "\n")
         return
     found = [row for kind in BEDS for row in rows(kind)]
-    output.mkdir(parents=True, exist_ok=True)
     (output / "fewer-nfe.json").write_text(json.dumps(found, indent=1) + "\n")
     (output / "fewer-nfe.md").write_text(table(found))
     plot(found, output / "fewer-nfe.png")

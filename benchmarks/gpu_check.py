@@ -153,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="width and height; default: 64 on a GPU, 32 on a CPU")
     parser.add_argument("-o", "--output", type=Path, help="also write the page to this file")
     options = parser.parse_args(arguments)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     gpu = options.device == "cuda"
     if gpu and not (torch.cuda.is_available() and AVAILABLE):
         missing = "triton" if torch.cuda.is_available() else "a CUDA GPU that this torch can use"

@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", help=f"numbers from 0 to {len(ROWS) - 1}")
     parser.add_argument("--picture", type=int, metavar="ROW", help="draw a slice measured so, and no table")
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     if options.picture is not None:
         print(f"Picture: {picture(ROWS[options.picture], options.output, samples=options.samples)}")
         return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -325,6 +326,16 @@ def test_the_cpp_example_compiles(headers: str, tmp_path: Path) -> None:
         [*command, "-isystem", folder, "-isystem", cuda, source], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["calibration", "cost_curves", "fewer_nfe", "mri_quality"])
+def test_a_place_that_cannot_be_written_is_known_before_hours_of_measuring(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [name, "-o", str(tmp_path / "file" / "out")])
+    with pytest.raises(NotADirectoryError):
+        import_module(f"benchmarks.{name}").main()
 
 
 def test_ways_to_fewer_nfe_run_the_samplers_chains() -> None:

@@ -182,6 +182,15 @@ def test_a_run_that_was_stopped_goes_on(folder: Path) -> None:
         bench(folder)
 
 
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(folder: Path) -> None:
+    (folder / "out").write_text("mine")
+    measured: list[str] = []
+    with pytest.raises(OSError, match="out"):
+        bench(folder, methods=["map"], log=measured.append, progress=lambda share: measured.append("began"))
+    assert not measured
+    assert (folder / "out").read_text() == "mine"
+
+
 def test_a_teacher_is_used_where_one_is(folder: Path) -> None:
     prior, x, sigma = "prior.safetensors", torch.randn(2, 1, 16, 16), torch.tensor([0.3, 2.0])
     networks, text, digests = load_networks(prior, None, 16, None)

@@ -104,6 +104,7 @@ def run(
         for row in known if row in (rows or known)
         for method in METHODS if method in (methods or METHODS)
     ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is to be known now
     for done, (row, method) in enumerate(wanted):
         progress(done / len(wanted))
         if is_measured(results, row.name, method, digests[method]):
