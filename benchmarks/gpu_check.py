@@ -153,12 +153,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="width and height; default: 64 on a GPU, 32 on a CPU")
     parser.add_argument("-o", "--output", type=Path, help="also write the page to this file")
     options = parser.parse_args(arguments)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     gpu = options.device == "cuda"
     if gpu and not (torch.cuda.is_available() and AVAILABLE):
         missing = "triton" if torch.cuda.is_available() else "a CUDA GPU that this torch can use"
         sys.exit(f"gpu-check needs {missing}; --device cpu times the plain-torch twins")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     if not options.skip_tests:
         check(options.device)
     page = report(options.device, options.batch or (256 if gpu else 16), options.size or (64 if gpu else 32))

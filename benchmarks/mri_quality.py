@@ -210,6 +210,7 @@ def run(output: Path, *, images: int, samples: int, rows: list[Row], log: Callab
 
 def picture(row: Row, output: Path, *, samples: int) -> Path:
     """Draw `calibrated` and MAP of a row, for the slice with most brain of eight: output/mri-slice.png."""
+    output.mkdir(parents=True, exist_ok=True)
     slices = brain().held_out(8)
     largest = slices.flatten(1).norm(dim=1).argmax()
     truth = with_floor(slices[largest, None], NOISE_FLOOR, 0)[0]
@@ -264,7 +265,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", help=f"numbers from 0 to {len(ROWS) - 1}")
     parser.add_argument("--picture", type=int, metavar="ROW", help="draw a slice measured so, and no table")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     if options.picture is not None:
         print(f"Picture: {picture(ROWS[options.picture], options.output, samples=options.samples)}")
         return

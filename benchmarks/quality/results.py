@@ -38,9 +38,11 @@ def machine() -> dict[str, Any]:
 def resume(path: Path, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What the file at `path` holds; where there is none, `more` and no entries, for these settings.
 
+    Makes its folder: a place that cannot be written is known before anything is measured, by an OSError.
     Raises ValueError for another file, and for one of other settings or measurements.
     """
     settings = settings | {"measurements": MEASUREMENTS}
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return more | {"settings": settings, "machine": machine(), "entries": []}
     try:

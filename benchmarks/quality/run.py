@@ -89,13 +89,13 @@ def run(
         raise ValueError(f"unknown row {', '.join(unknown)}; images {shape} have {', '.join(known)}")
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"unknown method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    truths = with_floor(source.held_out(images), floor, SEED)
+    if len(truths) < images:
+        raise ValueError(f"got images={images}; {len(truths)} are held out")
     path = output / "quality" / f"{networks.prior.name}.json"
     settings = Settings(images, samples, baseline_nfe, denoiser, floor)
     tuning = {"images": IMAGES, "samples": SAMPLES}
     results = resume(path, asdict(settings), prior=networks.prior.name, tuning=tuning)
-    truths = with_floor(source.held_out(images), floor, SEED)
-    if len(truths) < images:
-        raise ValueError(f"got images={images}; {len(truths)} are held out")
     generator = torch.Generator().manual_seed(TUNING_SEED)
     training = with_floor(torch.stack([source.draw(generator) for _ in range(IMAGES)]), floor, TUNING_SEED)
 
@@ -104,7 +104,6 @@ def run(
         for row in known if row in (rows or known)
         for method in METHODS if method in (methods or METHODS)
     ]  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is to be known now
     for done, (row, method) in enumerate(wanted):
         progress(done / len(wanted))
         if is_measured(results, row.name, method, digests[method]):
